@@ -1,0 +1,1 @@
+"""Nipype workflows; this folder installs as ``bids_jointseg.workflows``."""
