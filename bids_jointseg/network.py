@@ -1,0 +1,268 @@
+"""The joint networks: a branch per modality, the mean of their features, a shared rest.
+
+Both networks take a dictionary with any non-empty subset of their modalities, so the missing
+ones are absent and never imagined (HeMIS, Havaei et al., MICCAI 2016), and return logits of the
+same spatial size:
+
+- :class:`HighResNet`, the network of Dorent et al. (MIDL 2019, Figure 2), after Li et al.
+  (IPMI 2017): dilated residual blocks, no pooling;
+- :class:`UNet`, far lighter: most of a volume's cost is at full resolution, so it has few
+  channels there. The first pooling is within the slices only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from bids_jointseg.card import MODALITIES, ModelCard, ModelError
+from bids_jointseg.labels import CLASSES
+
+Images = Mapping[str, Tensor]
+"""Modality -> `(B, 1, X, Y, Z)`."""
+
+
+def _mean_of_branches(branches: nn.ModuleDict, images: Images) -> Tensor:
+    """Return the mean over the given modalities of their features, `(B, C, X, Y, Z)`."""
+    # Sorted, so that the order of the dictionary cannot change the sum's rounding.
+    features = [branches[name](images[name]) for name in sorted(images)]
+    if not features:
+        raise ValueError('give at least one modality')
+    return torch.stack(features).sum(0) / len(features) if len(features) > 1 else features[0]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions, each after normalisation and ReLU, and the input added.
+
+    Where the number of channels grows, the input is padded with zero channels (Li et al., 2017).
+    """
+
+    def __init__(self, inputs: int, outputs: int, dilation: int) -> None:
+        super().__init__()
+        self.extra = outputs - inputs
+        self.body = nn.Sequential(
+            nn.InstanceNorm3d(inputs, affine=True),
+            nn.ReLU(),
+            nn.Conv3d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False),
+            nn.InstanceNorm3d(outputs, affine=True),
+            nn.ReLU(),
+            nn.Conv3d(outputs, outputs, 3, padding=dilation, dilation=dilation, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(B, outputs, X, Y, Z)`."""
+        identity = F.pad(x, (0, 0, 0, 0, 0, 0, 0, self.extra)) if self.extra else x
+        return cast(Tensor, self.body(x)) + identity
+
+
+class HighResNet(nn.Module):
+    """The network of Dorent et al. (MIDL 2019), Figure 2.
+
+    Parameters
+    ----------
+    modalities
+        Names of the branches.
+    classes
+        Number of output channels.
+    channels
+        Of the branches (dilation 1), and of the shared blocks with dilation 2 and 4.
+    blocks
+        Residual blocks of each.
+    """
+
+    multiple = (1, 1, 1)
+    """What each spatial size has to be a multiple of."""
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = MODALITIES,
+        classes: int = len(CLASSES),
+        channels: Sequence[int] = (16, 32, 64),
+        blocks: int = 3,
+    ) -> None:
+        super().__init__()
+        first, second, third = channels
+        self.branches = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Conv3d(1, first, 3, padding=1, bias=False),
+                    *(ResidualBlock(first, first, 1) for _ in range(blocks)),
+                )
+                for name in modalities
+            }
+        )
+        trunk: list[nn.Module] = []
+        width = first
+        for size, dilation in ((second, 2), (third, 4)):
+            for _ in range(blocks):
+                trunk.append(ResidualBlock(width, size, dilation))
+                width = size
+        self.trunk = nn.Sequential(*trunk)
+        self.head = nn.Sequential(
+            nn.InstanceNorm3d(width, affine=True), nn.ReLU(), nn.Conv3d(width, classes, 1)
+        )
+        _initialise(self)
+
+    def forward(self, images: Images) -> Tensor:
+        """Return logits `(B, classes, X, Y, Z)`."""
+        x = _mean_of_branches(self.branches, images)
+        return cast(Tensor, self.head(self.trunk(x)))
+
+
+def _convolutions(inputs: int, outputs: int, count: int = 1) -> nn.Sequential:
+    """Return `count` times: 3x3x3 convolution, batch normalisation, ReLU."""
+    layers: list[nn.Module] = []
+    for width in (inputs, *[outputs] * (count - 1)):
+        layers += [
+            nn.Conv3d(width, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm3d(outputs, momentum=0.02),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """A U-Net with one first block per modality, the mean of their features, additive skips.
+
+    Normalisation has fixed statistics at inference (batch normalisation), so that a voxel's
+    answer depends on its surroundings alone: not on the margins of the volume, not on the size
+    of the window. (Instance normalisation took 26 Dice points away on volumes with wide margins.)
+
+    Parameters
+    ----------
+    modalities
+        Names of the branches.
+    classes
+        Number of output channels.
+    channels
+        Of each level. The first pooling is 2 x 2 x 1, the others 2 x 2 x 2.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = MODALITIES,
+        classes: int = len(CLASSES),
+        channels: Sequence[int] = (16, 32, 64, 128, 128),
+    ) -> None:
+        super().__init__()
+        pairs = list(zip(channels, channels[1:], strict=False))
+        self.multiple = (2 ** len(pairs), 2 ** len(pairs), 2 ** max(0, len(pairs) - 1))
+        self.branches = nn.ModuleDict(
+            {name: _convolutions(1, channels[0], 2) for name in modalities}
+        )
+        self.down = nn.ModuleList(
+            [_convolutions(channels[0], channels[0])] + [_convolutions(a, b, 2) for a, b in pairs]
+        )
+        self.widen = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairs)
+        self.up = nn.ModuleList(_convolutions(a, a) for a, _ in pairs)
+        self.head = nn.Conv3d(channels[0], classes, 1)
+        _initialise(self)
+
+    def forward(self, images: Images) -> Tensor:
+        """Return logits `(B, classes, X, Y, Z)`; sizes must be multiples of `multiple`."""
+        x = self.down[0](_mean_of_branches(self.branches, images))
+        skips = []
+        for level, block in enumerate(self.down[1:]):
+            skips.append(x)
+            x = block(F.max_pool3d(x, 2 if level else (2, 2, 1)))
+        for skip, widen, block in zip(
+            skips[::-1], reversed(self.widen), reversed(self.up), strict=True
+        ):
+            x = block(F.interpolate(widen(x), size=skip.shape[2:]) + skip)
+        return cast(Tensor, self.head(x))
+
+
+def _initialise(network: nn.Module) -> None:
+    """Draw the weights as He et al. (ICCV 2015) advise; normalisation has scale 1, shift 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv3d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def build(architecture: Mapping[str, object], modalities: Sequence[str] = MODALITIES) -> nn.Module:
+    """Return an untrained network from a card's `architecture`.
+
+    Raises
+    ------
+    ModelError
+        If the architecture is unknown or its arguments do not fit.
+    """
+    arguments = dict(architecture)
+    kinds = {'unet': UNet, 'highresnet': HighResNet}
+    name = arguments.pop('name', None)
+    if name not in kinds:
+        raise ModelError(f'architecture {name!r} is not one of {", ".join(kinds)}')
+    try:
+        network = kinds[cast(str, name)](modalities=modalities, **arguments)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ModelError(f'architecture {name!r}: {error}') from error
+    return cast(nn.Module, network.to(memory_format=torch.channels_last_3d))
+
+
+def load_model(card: ModelCard) -> nn.Module:
+    """Return the network of a card with its weights, ready for inference.
+
+    Raises
+    ------
+    ModelError
+        If the weights cannot be read, are not the ones that the card names, or do not fit.
+    """
+    try:
+        content = card.weights.read_bytes()
+    except OSError as error:
+        raise ModelError(f'{card.weights}: cannot read the weights ({error.strerror})') from error
+    if hashlib.sha256(content).hexdigest() != card.sha256:
+        raise ModelError(
+            f'{card.weights}: the weights are not those of the card (SHA-256 differs): '
+            'get both files again'
+        )
+    network = build(card.architecture, card.modalities)
+    try:
+        network.load_state_dict(
+            {name: tensor.float() for name, tensor in load_tensors(content).items()}
+        )
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f'{card.weights}: the weights do not fit the card: {reason}') from error
+    return network.eval()
+
+
+def save_model(network: nn.Module, card: ModelCard, folder: Path) -> ModelCard:
+    """Write ``NAME.safetensors`` and ``NAME.json``; the card is complete when it appears.
+
+    Weights are stored in half precision where they are floating point: the difference is far
+    below what training resolves, and the file is half as large.
+
+    Returns
+    -------
+    ModelCard
+        The card with the SHA-256 of the weights and its path.
+    """
+    tensors = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+        if not name.endswith('num_batches_tracked')
+    }
+    content = save_tensors(tensors)
+    card = replace(
+        card, sha256=hashlib.sha256(content).hexdigest(), path=folder / f'{card.name}.json'
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, data in ((card.weights, content), (card.path, card.to_json().encode())):
+        temporary = cast(Path, path).with_suffix(f'.{os.getpid()}.tmp')
+        temporary.write_bytes(data)
+        temporary.replace(cast(Path, path))
+    return card
