@@ -1,0 +1,36 @@
+# make demo    a small synthetic dataset, segmented, with reports
+# make test    all tests (make test PYTEST="-m 'not slow'" leaves out the slow ones)
+# make lint    style, types and the direction of imports
+# All of them install into their own virtual environment first.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+PYTEST ?=
+
+SHELL := /bin/bash
+export OMP_NUM_THREADS ?= 2
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/jointseg-demo $(DEMO)
+
+test: $(VENV)/.installed
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -q tests/test_architecture.py
+
+# The constraints pin torch and everything below it to the versions that were tested.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'Python 3.11 or later is needed: make PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .*_cache
