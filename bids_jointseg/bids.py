@@ -1,0 +1,483 @@
+"""What is read from a BIDS dataset, and the names and metadata of what is written.
+
+One result per T1w; a FLAIR of the same session goes with it, and a FLAIR that no T1w takes is
+processed alone (:func:`pair`). Results form a BIDS derivative dataset. A file appears whole or
+not at all, so several processes may write to one dataset.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bids_jointseg import __version__
+from bids_jointseg.labels import LABELS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from bids_jointseg.card import ModelCard
+    from bids_jointseg.config import Settings
+
+LOGGER = logging.getLogger('bids_jointseg')
+
+NAME = 'bids_jointseg'
+EXTENSIONS = ('.nii', '.nii.gz')
+QUERIES = {
+    't1w': {'datatype': 'anat', 'suffix': 'T1w', 'extension': list(EXTENSIONS)},
+    'flair': {'datatype': 'anat', 'suffix': 'FLAIR', 'extension': list(EXTENSIONS)},
+}
+# Entities that our own names set, so a scan's own cannot stay in them. Raw scans have none.
+OURS = ('space', 'res', 'den', 'seg', 'label', 'desc')
+# What the standard has no name for; a folder is named without a slash.
+BIDSIGNORE = '*_morph.*\n*_xfm.*\ngroup_*\n*.html\nlogs\nlog\nfigures\n'
+
+
+class BidsError(ValueError):
+    """The command does not fit the datasets; one line that names the file and the remedy."""
+
+
+class DataError(ValueError):
+    """A dataset holds nothing that can be processed; one line that says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One unit of work: a T1w, a FLAIR, or both.
+
+    Attributes
+    ----------
+    subject, session
+        Without ``sub-`` and ``ses-``.
+    t1w, flair
+        Files; at least one of them.
+    stem
+        Start of the names of all results: the reference scan's name without its suffix.
+    notes
+        What a reader should know of how the files were chosen.
+    """
+
+    subject: str
+    session: str | None
+    t1w: Path | None
+    flair: Path | None
+    stem: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> Path:
+        """The scan on whose grid the result is: the T1w if there is one, else the FLAIR."""
+        path = self.t1w or self.flair
+        if path is None:
+            raise ValueError(f'{self.stem}: neither T1w nor FLAIR')
+        return path
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder that is not processed, and why.
+
+    `failed` says that it should have been: the run must not count as complete.
+    """
+
+    path: Path
+    reason: str
+    failed: bool = False
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def entities(path: Path) -> dict[str, str]:
+    """Return the entities of a BIDS name in their order: 'sub-1_run-2_T1w' -> sub, run."""
+    parts = path.name.split('.')[0].split('_')[:-1]
+    return dict(part.split('-', 1) for part in parts if '-' in part)
+
+
+def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
+    """Decide which scans go together.
+
+    Returns
+    -------
+    tuple
+        The units of work in the order of their names, and what is left out.
+
+    Raises
+    ------
+    BidsError
+        If a chosen participant or filter does not exist, or two results would share a name.
+    DataError
+        If there is nothing to process.
+    """
+    root = settings.bids_dir
+    subjects = sorted(path.name[4:] for path in root.glob('sub-*') if path.is_dir())
+    if not subjects:
+        raise DataError(f'{root}: no folder sub-*: give the root of a BIDS dataset')
+    unknown = [label for label in settings.participant_label if label not in subjects]
+    if unknown:
+        raise BidsError(f'{root}: no participant {", ".join(unknown)}: check --participant-label')
+    chosen = [label for label in subjects if label in (settings.participant_label or subjects)]
+    filters = read_filters(settings.bids_filter_file)
+    layout = _index(settings, chosen)
+    restricted = bool(settings.session_label or any(filters.values()))
+
+    scans: list[Scan] = []
+    skipped: list[Skipped] = []
+    for subject in chosen:
+        found: dict[str, list[Path]] = {}
+        for kind, query in QUERIES.items():
+            query = query | {'subject': subject}
+            if settings.session_label:
+                query['session'] = list(settings.session_label)
+            found[kind] = _query(layout, root, query | filters[kind], kind)
+            for path in found[kind][:]:
+                reason = ''
+                if entities(path).get('part', 'mag') != 'mag':
+                    reason = f'part-{entities(path)["part"]} is not a magnitude image'
+                elif kind in settings.ignore:
+                    reason = f'--ignore {kind}'
+                if reason:
+                    skipped.append(Skipped(path, reason))
+                    found[kind].remove(path)
+        scans += pair(found['t1w'], found['flair'])
+        if not any(found.values()):
+            where = ' with these sessions and filters' if restricted else ''
+            reason = f'no T1w and no FLAIR{where}'
+            skipped.append(Skipped(root / f'sub-{subject}', reason, failed=not restricted))
+
+    if not scans:
+        raise DataError(
+            f'{root}: no T1w and no FLAIR that could be processed: see jointseg --dry-run'
+        )
+    _refuse_shared_names(scans)
+    return scans, skipped
+
+
+def pair(
+    t1ws: Iterable[Path],
+    flairs: Iterable[Path],
+    voxel_mm3: Callable[[Path], float] | None = None,
+) -> list[Scan]:
+    """Give every T1w of one participant the FLAIR of its session that suits it best.
+
+    Best is: no contrast agent before one, then the same ``acq`` and ``run``, then the finest
+    voxels; ties are broken by the other entities and then by name, and noted.
+
+    Parameters
+    ----------
+    t1ws, flairs
+        Files of one participant.
+    voxel_mm3
+        Size of a file's voxels; by default from its header.
+    """
+    voxel_mm3 = voxel_mm3 or _voxel_mm3
+    t1ws = sorted(t1ws, key=lambda path: path.name)
+    flairs = sorted(flairs, key=lambda path: path.name)
+    scans = []
+    taken = set()
+    for t1w in t1ws:
+        own = entities(t1w)
+        candidates = [path for path in flairs if entities(path).get('ses') == own.get('ses')]
+        notes: list[str] = []
+        flair = None
+        if candidates:
+            ranks = {path: _rank(own, path, voxel_mm3, len(candidates)) for path in candidates}
+            flair = min(candidates, key=lambda path: (*ranks[path], path.name))
+            taken.add(flair)
+            if 'ce' in entities(flair) and 'ce' not in own:
+                notes.append(f'{flair.name} has a contrast agent, the T1w has none')
+            tied = [path.name for path in candidates if ranks[path][:3] == ranks[flair][:3]]
+            if len(tied) > 1:
+                notes.append(f'{flair.name} taken of {len(tied)} that suit equally well')
+        scans.append(Scan(own['sub'], own.get('ses'), t1w, flair, _stem(t1w), tuple(notes)))
+    for flair in flairs:
+        if flair not in taken:
+            own = entities(flair)
+            beside = any(entities(t1w).get('ses') == own.get('ses') for t1w in t1ws)
+            note = ('another FLAIR suits the T1w of this session better',) if beside else ()
+            scans.append(Scan(own['sub'], own.get('ses'), None, flair, _stem(flair), note))
+    return sorted(scans, key=lambda scan: scan.stem)
+
+
+def _rank(
+    own: dict[str, str], path: Path, voxel_mm3: Callable[[Path], float], candidates: int
+) -> tuple[bool, int, float, int]:
+    other = entities(path)
+    differ = {name for name in own.keys() | other.keys() if own.get(name) != other.get(name)}
+    # The header is opened only where there is a choice.
+    size = round(voxel_mm3(path), 3) if candidates > 1 else 0.0
+    return 'ce' in other, len(differ & {'acq', 'run'}), size, len(differ)
+
+
+def _voxel_mm3(path: Path) -> float:
+    import nibabel
+    import numpy as np
+
+    try:
+        zooms = nibabel.load(path).header.get_zooms()[:3]
+    except Exception:  # an unreadable file is reported by name when its scan is processed
+        return float('inf')
+    return float(np.prod(zooms))
+
+
+def _stem(path: Path) -> str:
+    return '_'.join(
+        f'{name}-{value}' for name, value in entities(path).items() if name not in OURS
+    )
+
+
+def _refuse_shared_names(scans: Iterable[Scan]) -> None:
+    seen: dict[str, Path] = {}
+    for scan in scans:
+        if scan.stem in seen:
+            raise BidsError(
+                f'{seen[scan.stem]} and {scan.reference.name} would give results of one name '
+                f'({scan.stem}): leave one out with --bids-filter-file'
+            )
+        seen[scan.stem] = scan.reference
+
+
+def read_filters(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Read a filter file in fMRIPrep's format: ``{"t1w": {"session": "1"}, "flair": {...}}``.
+
+    A value of null or ``"Query.NONE"`` asks for files without the entity, ``"*"`` or
+    ``"Query.ANY"`` for files with it. Keys of other modalities are let be, so that one file
+    serves several pipelines.
+    """
+    filters: dict[str, dict[str, Any]] = {kind: {} for kind in QUERIES}
+    if path is None:
+        return filters
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+        for kind in QUERIES:
+            for name, value in record.get(kind, {}).items():
+                values = value if isinstance(value, list) else [value]
+                values = [_special(item) for item in values]
+                filters[kind][name] = values if isinstance(value, list) else values[0]
+    except OSError as error:
+        raise BidsError(f'{path}: cannot read the filters ({error.strerror})') from error
+    except (ValueError, AttributeError) as error:
+        raise BidsError(f'{path}: not filters in JSON ({error})') from error
+    return filters
+
+
+def _special(value: object) -> object:
+    from bids.layout import Query
+
+    special = {None: Query.NONE, '*': Query.ANY}
+    special |= {f'Query.{query.name}': query for query in Query}
+    return special.get(value, value) if isinstance(value, str | None) else value
+
+
+def _index(settings: Settings, subjects: Sequence[str]) -> Any:
+    """Return a pybids layout of the chosen participants, or of all where it is kept on disk."""
+    from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+    ignore = [r'^/(code|derivatives|models|sourcedata|stimuli)(/|$)', r'/\.']
+    if settings.bids_database_dir is None:
+        ignore.append(rf'^/sub-(?!({"|".join(map(re.escape, subjects))})(/|$))')
+    indexer = BIDSLayoutIndexer(
+        validate=False, index_metadata=False, ignore=[re.compile(item) for item in ignore]
+    )
+    try:
+        return BIDSLayout(
+            settings.bids_dir,
+            validate=False,
+            database_path=settings.bids_database_dir,
+            indexer=indexer,
+        )
+    except Exception as error:  # pybids and its database raise many kinds
+        raise BidsError(f'{settings.bids_dir}: cannot be indexed ({_one_line(error)})') from error
+
+
+def _query(layout: Any, root: Path, query: dict[str, Any], kind: str) -> list[Path]:
+    try:
+        found = [Path(path) for path in layout.get(return_type='filename', **query)]
+    except (ValueError, TypeError) as error:
+        raise BidsError(f'--bids-filter-file: {kind}: {_one_line(error)}') from error
+    foreign = [path for path in found if not path.is_relative_to(root)]
+    if foreign:
+        raise BidsError(
+            f'--bids-database-dir holds another dataset ({foreign[0]}): give an empty folder'
+        )
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())
+
+
+def validator(*arguments: str | Path) -> dict[str, Any] | None:
+    """Run bids-validator-deno and return its report, or None where it is not installed."""
+    beside = Path(sys.executable).with_name('bids-validator-deno')
+    program = shutil.which('bids-validator-deno') or (str(beside) if beside.exists() else None)
+    if program is None:
+        return None
+    command = [program, *map(str, arguments), '--format', 'json']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        report = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    return report if isinstance(report, dict) else None
+
+
+def validation_errors(settings: Settings) -> list[str]:
+    """Return the validator's errors about the dataset and its chosen participants, one line each.
+
+    They are a warning: a dataset is seldom perfect, and what we need of it (names and readable
+    images) is checked scan by scan.
+    """
+    root = settings.bids_dir
+    report = validator(root, '--prune', '--ignoreNiftiHeaders', '--ignoreWarnings')
+    if report is None:
+        missing = not (root / 'dataset_description.json').is_file()
+        return ['/dataset_description.json: MISSING_DATASET_DESCRIPTION'] if missing else []
+    errors = []
+    for issue in report['issues']['issues']:
+        where = issue.get('location') or ', '.join(issue.get('affects') or ['?'])
+        subject = re.match(r'/sub-([^/]+)', where)
+        chosen = settings.participant_label
+        if issue['severity'] == 'error' and not (subject and chosen and subject[1] not in chosen):
+            errors.append(f'{where}: {issue["code"]}')
+    return sorted(set(errors))
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file so that it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text so that it appears whole or not at all."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: Path, record: dict[str, Any]) -> Path:
+    """Write a JSON object so that it appears whole or not at all."""
+    return write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + '\n')
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> Path:
+    """Write rows, tab-separated or, where the name ends on .csv, comma-separated."""
+    buffer = io.StringIO()
+    delimiter = ',' if path.suffix == '.csv' else '\t'
+    writer = csv.DictWriter(buffer, columns, delimiter=delimiter, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_text(path, buffer.getvalue())
+
+
+def derivative(out_dir: Path, scan: Scan, suffix: str) -> Path:
+    """Return where a result of a scan goes: 'label-L_mask.nii.gz' -> .../<stem>_label-L_mask..."""
+    folder = out_dir / f'sub-{scan.subject}'
+    if scan.session is not None:
+        folder = folder / f'ses-{scan.session}'
+    return folder / 'anat' / f'{scan.stem}_{suffix}'
+
+
+def raw_uri(path: Path, bids_dir: Path) -> str:
+    """Return the BIDS URI of a file of the input dataset."""
+    return f'bids:raw:{path.relative_to(bids_dir).as_posix()}'
+
+
+def result_uri(path: Path, out_dir: Path) -> str:
+    """Return the BIDS URI of a file of the output dataset."""
+    return f'bids::{path.relative_to(out_dir).as_posix()}'
+
+
+def create_dataset(settings: Settings, card: ModelCard) -> None:
+    """Write what describes the output dataset as a whole.
+
+    Raises
+    ------
+    BidsError
+        If the folder holds the results of another pipeline.
+    """
+    out_dir = settings.output_dir
+    target = out_dir / 'dataset_description.json'
+    record = _description(settings, card)
+    if target.exists():
+        try:
+            known = json.loads(target.read_text(encoding='utf-8')).get('GeneratedBy', [])
+            names = [entry.get('Name') for entry in known]
+        except (ValueError, AttributeError):
+            known, names = [], []
+        if names and NAME not in names:
+            raise BidsError(f'{out_dir} holds the results of {names[0]}: give another folder')
+        if names and known != record['GeneratedBy']:
+            LOGGER.warning(
+                '%s holds results of another version or model; dataset_description.json now names '
+                'the present one',
+                out_dir,
+            )
+    write_json(target, record)
+    write_text(out_dir / '.bidsignore', BIDSIGNORE)
+    write_table(
+        out_dir / 'seg-jointseg_dseg.tsv',
+        ('index', 'name', 'abbreviation', 'color', 'mapping'),
+        (vars(label) for label in LABELS),
+    )
+
+
+def _description(settings: Settings, card: ModelCard) -> dict[str, Any]:
+    bids_dir, out_dir = settings.bids_dir, settings.output_dir
+    if out_dir.parent == bids_dir / 'derivatives':
+        raw = '../..'
+    else:
+        raw = bids_dir.as_uri()
+    app: dict[str, Any] = {'Name': NAME, 'Version': __version__}
+    container = _container()
+    if container:
+        app['Container'] = container
+    weights = {
+        'Name': f'{card.name} (network weights)',
+        'Version': card.version,
+        'Description': f'SHA-256 {card.sha256}; licence: {card.licence}',
+    }
+    source: dict[str, str] = {'URL': raw}
+    try:
+        original = json.loads((bids_dir / 'dataset_description.json').read_text(encoding='utf-8'))
+        if original.get('DatasetDOI'):
+            source['DOI'] = original['DatasetDOI']
+    except (OSError, ValueError, AttributeError):
+        original = {}
+    return {
+        'Name': 'Joint segmentation of brain tissue and white-matter lesions',
+        'BIDSVersion': '1.10.0',
+        'DatasetType': 'derivative',
+        'GeneratedBy': [app, weights],
+        'SourceDatasets': [source],
+        'DatasetLinks': {'raw': raw}
+        | {name: path.as_uri() for name, path in settings.derivatives.items()},
+    }
+
+
+def _container() -> dict[str, str] | None:
+    """Return what the image says of itself, as the Dockerfile and Apptainer set it."""
+    tag = os.environ.get('JOINTSEG_CONTAINER')
+    image = os.environ.get('APPTAINER_CONTAINER') or os.environ.get('SINGULARITY_CONTAINER')
+    if image:
+        return {'Type': 'apptainer', 'Tag': tag or Path(image).name}
+    return {'Type': 'docker', 'Tag': tag} if tag else None
