@@ -1,0 +1,355 @@
+"""The command ``jointseg``: options, exit codes, and what is said on the console.
+
+Nothing heavy is imported before it is needed, so ``--help`` answers at once and ``--dry-run``
+needs neither PyTorch nor Nipype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bids_jointseg import __version__
+from bids_jointseg.config import ANALYSES, LEVELS, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bids_jointseg.bids import Scan, Skipped
+
+LOGGER = logging.getLogger('bids_jointseg')
+
+EPILOG = """\
+exit codes: 0 all done; 1 some scans failed (the others are complete, a table says which and
+why); 2 wrong usage; 3 only a report failed; 65 nothing usable in the data; 70 internal error.
+Where several apply: 70, 65, 1, 3. Options may be written with underscores as well.
+"""
+
+
+class Exit(IntEnum):
+    """Exit codes of the command."""
+
+    DONE = 0
+    SCANS_FAILED = 1
+    USAGE = 2
+    REPORT_FAILED = 3
+    NO_DATA = 65
+    INTERNAL = 70
+
+    @classmethod
+    def worst(cls, *codes: Exit) -> Exit:
+        """Return the code that tells most where several apply."""
+        order = (cls.INTERNAL, cls.NO_DATA, cls.SCANS_FAILED, cls.REPORT_FAILED)
+        return next((code for code in order if code in codes), cls.DONE)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers a wrong command with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(Exit.USAGE, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; an option that is not given leaves no trace, so a file may set it."""
+    main = _Parser(
+        prog='jointseg',
+        description='Segment brain tissue and white-matter lesions together, from T1w and FLAIR '
+        'scans or either alone, each on its own native grid.',
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    main.add_argument('bids_dir', type=_path, help='root of the BIDS dataset')
+    main.add_argument('output_dir', type=_path, help='folder of the results, itself BIDS')
+    main.add_argument(
+        'analysis_level',
+        choices=ANALYSES,
+        metavar='{participant,group}',
+        help='participant: segment every scan; group: gather what was segmented into tables',
+    )
+    main.add_argument('--version', action='version', version=f'jointseg {__version__}')
+
+    data = main.add_argument_group('which scans')
+    data.add_argument(
+        '--participant-label', nargs='+', metavar='LABEL', help='only these (sub- is optional)'
+    )
+    data.add_argument(
+        '--session-label', nargs='+', metavar='LABEL', help='only these (ses- is optional)'
+    )
+    data.add_argument(
+        '--bids-filter-file',
+        type=_path,
+        metavar='JSON',
+        help="select files by entities, in fMRIPrep's format with the keys t1w and flair",
+    )
+    data.add_argument('--ignore', nargs='+', metavar='flair', help='leave the FLAIR scans out')
+    data.add_argument(
+        '--derivatives',
+        nargs='+',
+        metavar='PKG=PATH',
+        help='precomputed derivatives: a transform between FLAIR and T1w found there is used',
+    )
+    data.add_argument(
+        '--bids-database-dir', type=_path, metavar='PATH', help='keep the index of the dataset'
+    )
+    data.add_argument(
+        '--skip-bids-validation',
+        action='store_true',
+        help='do not run the validator (its errors are only warnings)',
+    )
+    data.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='print which T1w goes with which FLAIR and what is left out, and stop',
+    )
+
+    method = main.add_argument_group('what is computed')
+    method.add_argument('--model', metavar='NAME_OR_PATH', help='network (default: jointseg)')
+    method.add_argument(
+        '--fast',
+        action='store_true',
+        help='one pass of the network per scan, on the coarsest slices that it accepts',
+    )
+    method.add_argument(
+        '--level',
+        choices=LEVELS,
+        metavar='{minimal,full}',
+        help='minimal: labels, lesion masks, tables, report; full (default): also probabilities, '
+        'uncertainty, brain mask, preprocessed scans, transforms',
+    )
+    method.add_argument(
+        '--output-spaces', nargs='+', metavar='SPACE', help='T1w and FLAIR (native grids) for now'
+    )
+    method.add_argument('--random-seed', type=int, metavar='N', help='default: 0')
+
+    machine = main.add_argument_group('how it runs')
+    machine.add_argument(
+        '-w', '--work-dir', type=_path, metavar='PATH', help='intermediate results (default: work)'
+    )
+    machine.add_argument(
+        '--clean-workdir', action='store_true', help="remove this app's old work folders first"
+    )
+    machine.add_argument(
+        '--nprocs', '--nthreads', '--n-cpus', type=int, metavar='N', help='processors to use'
+    )
+    machine.add_argument('--omp-nthreads', type=int, metavar='N', help='most threads of one task')
+    machine.add_argument(
+        '--mem',
+        '--mem-gb',
+        type=_gigabytes,
+        metavar='GB',
+        help='memory to use (16, 16GB, 16000MB)',
+    )
+    machine.add_argument('--device', metavar='{auto,cpu,cuda,cuda:N}', help='default: auto')
+    machine.add_argument(
+        '--n-gpu-procs', type=int, metavar='N', help='scans on the GPU at once (default: 1)'
+    )
+    machine.add_argument(
+        '--use-plugin',
+        '--nipype-plugin-file',
+        type=_path,
+        metavar='FILE',
+        help='YAML or TOML with plugin and plugin_args of Nipype',
+    )
+    machine.add_argument(
+        '--config-file',
+        type=_path,
+        metavar='TOML',
+        help='settings of an earlier run (config.toml in its logs); options given here win',
+    )
+    machine.add_argument(
+        '--reports-only', action='store_true', help='make the reports of what is there, and stop'
+    )
+    machine.add_argument(
+        '--boilerplate-only', action='store_true', help='write the description of the method only'
+    )
+    machine.add_argument(
+        '--stop-on-first-crash', action='store_true', help='do not go on with the other scans'
+    )
+    machine.add_argument('--write-graph', action='store_true', help='draw the workflow')
+    machine.add_argument(
+        '--resource-monitor', action='store_true', help='log the memory and time of every task'
+    )
+    machine.add_argument(
+        '-v', '--verbose', action='count', help='say more; -vv shows what Nipype does'
+    )
+    machine.add_argument(
+        '--notrack', action='store_true', help='accepted for compatibility: nothing is tracked'
+    )
+    return main
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _gigabytes(text: str) -> float:
+    match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*(|[gmGM][bB]?)', text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'{text!r} is not an amount of memory such as 16 or 16GB')
+    return float(match[1]) / (1000 if match[2][:1] in ('m', 'M') else 1)
+
+
+def read_arguments(argv: Sequence[str]) -> Settings:
+    """Return the settings of a command line.
+
+    Raises
+    ------
+    SettingsError
+        If a value does not fit; argparse itself ends the program on a wrong option.
+    """
+    # fMRIPrep spells most options both ways.
+    spelled = [re.sub(r'^--[A-Za-z_-]+', lambda name: name[0].replace('_', '-'), a) for a in argv]
+    given: dict[str, Any] = vars(parser().parse_args(spelled))
+    for name, prefix in (('participant_label', 'sub-'), ('session_label', 'ses-')):
+        if name in given:
+            given[name] = tuple(dict.fromkeys(item.removeprefix(prefix) for item in given[name]))
+    for name in ('ignore', 'output_spaces'):
+        if name in given:
+            given[name] = tuple(given[name])
+    if 'derivatives' in given:
+        given['derivatives'] = dict(map(_named_folder, given['derivatives']))
+    if '/' in given.get('model', ''):
+        given['model'] = str(_path(given['model']))
+    config_file = given.pop('config_file', None)
+    if config_file is None:
+        return Settings(**given)
+    try:
+        return Settings.from_toml(config_file.read_text(encoding='utf-8'), **given)
+    except OSError as error:
+        raise SettingsError(f'{config_file}: cannot be read ({error.strerror})') from error
+    except SettingsError as error:
+        raise SettingsError(f'{config_file}: {error}') from error
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, found, folder = text.partition('=')
+    if not (found and name and folder):
+        raise SettingsError(f'--derivatives {text}: write NAME=PATH')
+    return name, _path(folder)
+
+
+def check_folders(settings: Settings) -> None:
+    """Refuse folders that cannot be read or written, or that would mix input with output.
+
+    Raises
+    ------
+    SettingsError
+        One line that names the folder and the remedy.
+    """
+    bids_dir, out_dir = settings.bids_dir, settings.output_dir
+    if not bids_dir.is_dir():
+        raise SettingsError(f'{bids_dir} is not a folder: give the root of a BIDS dataset')
+    for name, folder in settings.derivatives.items():
+        if not folder.is_dir():
+            raise SettingsError(f'--derivatives {name}={folder}: no such folder')
+    source, target = bids_dir.resolve(), out_dir.resolve()
+    if target == source:
+        raise SettingsError(f'{out_dir} is the input: give another folder for the results')
+    if target.is_relative_to(source) and target.parent != source / 'derivatives':
+        raise SettingsError(
+            f'{out_dir} is inside the input: only {bids_dir}/derivatives/NAME may be'
+        )
+    if settings.analysis_level == 'participant' and not settings.dry_run:
+        work = settings.work_dir.resolve()
+        if work.is_relative_to(source):
+            raise SettingsError(f'{settings.work_dir} is inside the input: choose another -w')
+        for folder in (out_dir, settings.work_dir):
+            _check_writable(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(f'{folder} cannot be written ({error.strerror})') from error
+
+
+def pairing_table(scans: Sequence[Scan], skipped: Sequence[Skipped], bids_dir: Path) -> str:
+    """Return which T1w goes with which FLAIR, and what is left out and why, as text."""
+    rows = [('result', 'T1w', 'FLAIR', 'notes')]
+    rows += [
+        (
+            scan.stem,
+            scan.t1w.name if scan.t1w else '-',
+            scan.flair.name if scan.flair else '-',
+            '; '.join(scan.notes),
+        )
+        for scan in scans
+    ]
+    text = _align(rows)
+    if skipped:
+        left = [('left out', 'why')]
+        left += [(str(item.path.relative_to(bids_dir)), item.reason) for item in skipped]
+        text += '\n' + _align(left)
+    return text
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return ''.join(line.rstrip() + '\n' for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; never raises but for ``--help`` and typing."""
+    from bids_jointseg.bids import BidsError, DataError
+    from bids_jointseg.card import ModelError
+
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
+    LOGGER.setLevel(logging.INFO)
+    try:
+        settings = read_arguments(sys.argv[1:] if argv is None else argv)
+        if settings.verbose:
+            LOGGER.setLevel(logging.DEBUG)
+        check_folders(settings)
+        return _group(settings) if settings.analysis_level == 'group' else _participant(settings)
+    except (SettingsError, BidsError, ModelError) as error:
+        return _stop(Exit.USAGE, error)
+    except DataError as error:
+        return _stop(Exit.NO_DATA, error)
+    except KeyboardInterrupt:
+        sys.stderr.write('jointseg: interrupted; run the same command again to go on\n')
+        return 130
+    except Exception as error:
+        details = Path(tempfile.gettempdir()) / f'jointseg-{os.getpid()}.txt'
+        details.write_text(traceback.format_exc(), encoding='utf-8')
+        return _stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
+
+
+def _stop(code: Exit, message: object) -> int:
+    sys.stderr.write(f'jointseg: {message}\n')
+    return int(code)
+
+
+def _participant(settings: Settings) -> int:
+    from bids_jointseg import bids
+
+    scans, skipped = bids.plan(settings)
+    if settings.dry_run:
+        sys.stdout.write(pairing_table(scans, skipped, settings.bids_dir))
+        return Exit.DONE
+    raise NotImplementedError
+
+
+def _group(settings: Settings) -> int:
+    raise NotImplementedError
+
+
+if __name__ == '__main__':
+    sys.exit(main())
