@@ -118,7 +118,7 @@ def bits(group: Iterable[str]) -> int:
 
 
 def _sets(
-    table: Mapping[str, Iterable[int]], ignore: Iterable[int] = (), alone: bool = True
+    table: Mapping[str, Iterable[int]], ignore: Iterable[int] = ()
 ) -> Mapping[int, frozenset[str]]:
     """Return source label -> set, from class -> source labels."""
     sets = {value: frozenset({name}) for name, values in table.items() for value in values}

@@ -1,0 +1,313 @@
+"""The training loop: cached people in, a model file out.
+
+Each iteration draws one sample of a control with its own T1w and one of a painted head, and adds
+the unlabelled term of the risk on pairs of real T1w and FLAIR (:mod:`bids_jointseg.losses`).
+Batch statistics are frozen after a part of the run, so that the network that is trained is the
+one that is used: with fixed statistics, an answer cannot depend on the margins of the volume.
+
+A checkpoint appears whole or not at all and holds everything; a killed run goes on from it.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bids_jointseg.labels import CLASSES, TISSUES
+from bids_jointseg.losses import consistency_risk, supervised_risk
+from bids_jointseg.network import build
+from bids_jointseg.sampling import Sample
+
+LOGGER = logging.getLogger('bids_jointseg')
+GROUPS = tuple(frozenset({name}) for name in CLASSES)
+LESION = CLASSES.index('L')
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe says about the optimisation.
+
+    Attributes
+    ----------
+    architecture
+        See :class:`bids_jointseg.card.ModelCard`.
+    steps
+        Iterations; the learning rate falls to zero over them (polynomial, power 0.9).
+    rate, decay
+        Of AdamW.
+    freeze
+        Share of the run after which normalisation keeps its statistics.
+    consistency_from, consistency_every
+        Warm-up of the unlabelled term, and the iterations between two of them.
+    average
+        Decay of the moving average of the weights, which is what is exported.
+    seed
+        Of weights and samples.
+    """
+
+    architecture: dict[str, Any]
+    steps: int = 5000
+    rate: float = 3e-3
+    decay: float = 1e-4
+    freeze: float = 0.35
+    consistency_from: int = 1000
+    consistency_every: int = 4
+    average: float = 0.997
+    seed: int = 2019
+    save_every: int = 100
+
+
+def run(
+    settings: Settings,
+    labelled: Sequence[Dataset[Sample]],
+    unlabelled: Dataset[Sample] | None,
+    held_out: Sequence[Sample],
+    folder: Path,
+    *,
+    device: str = 'cpu',
+    workers: int = 1,
+    seconds: float = float('inf'),
+) -> nn.Module:
+    """Train, or go on training, and return the averaged network.
+
+    Parameters
+    ----------
+    settings
+        See there.
+    labelled
+        Datasets that each give one sample to every iteration.
+    unlabelled
+        Pairs of modalities without labels, or None.
+    held_out
+        Samples of people who are in none of the others: the curve's validation score.
+    folder
+        Where checkpoint and log are.
+    device
+        Of PyTorch.
+    workers
+        Processes that draw samples.
+    seconds
+        Stop, resumable, after this time.
+    """
+    torch.manual_seed(settings.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = build(settings.architecture).to(device)
+    average = deepcopy(network).requires_grad_(False)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=settings.rate, weight_decay=settings.decay
+    )
+    first = 0
+    checkpoint = folder / 'checkpoint.pt'
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        network.load_state_dict(state['network'])
+        average.load_state_dict(state['average'])
+        optimiser.load_state_dict(state['optimiser'])
+        first = int(state['step'])
+        LOGGER.info('%s: going on from step %d', checkpoint, first)
+    streams = [_stream(data, first, settings.steps, workers) for data in labelled]
+    pairs = None
+    if unlabelled is not None:
+        done = max(0, first - settings.consistency_from) // settings.consistency_every
+        pairs = _stream(unlabelled, done, settings.steps, workers)
+    started, recent = time.monotonic(), []
+    for step in range(first, settings.steps):
+        network.train()
+        if step >= settings.freeze * settings.steps:
+            _freeze(network)
+        for group in optimiser.param_groups:
+            group['lr'] = settings.rate * _schedule(step, settings.steps)
+        values = []
+        for stream in streams:
+            sample = _to(next(stream), device)
+            loss = supervised_risk(
+                _probabilities(network, sample.images), sample.target, GROUPS, sample.valid
+            )
+            loss.backward()
+            values.append(float(loss.detach()))
+        due = (step - settings.consistency_from) % settings.consistency_every == 0
+        if pairs is not None and step >= settings.consistency_from and due:
+            loss = _agreement(network, _to(next(pairs), device), step)
+            loss.backward()
+            values.append(float(loss.detach()))
+        else:
+            values.append(float('nan'))
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        _follow(average, network, min(settings.average, (1 + step) / (10 + step)))
+        recent.append(values)
+        stop = time.monotonic() - started > seconds
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop:
+            _save(
+                checkpoint,
+                {
+                    'network': network.state_dict(),
+                    'average': average.state_dict(),
+                    'optimiser': optimiser.state_dict(),
+                    'step': step + 1,
+                },
+            )
+            _log(folder / 'curve.csv', step + 1, recent, score(average, held_out), started, first)
+            recent = []
+        if stop:
+            break
+    return average.eval()
+
+
+def _stream(data: Dataset[Sample], start: int, stop: int, workers: int) -> Any:
+    """Return an iterator over samples `start` to `stop`, drawn by worker processes."""
+    loader = DataLoader(
+        data,
+        batch_size=1,
+        sampler=range(start, stop),
+        num_workers=workers,
+        collate_fn=_collate,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+        multiprocessing_context='forkserver' if workers else None,
+    )
+    return iter(loader)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+    os.nice(2)
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    """Return the only sample of a batch with a batch axis."""
+    (sample,) = samples
+    return Sample(
+        {name: image[None] for name, image in sample.images.items()},
+        sample.target[None],
+        sample.valid[None],
+    )
+
+
+def _to(sample: Sample, device: str) -> Sample:
+    return Sample(
+        {
+            name: image.to(device, memory_format=torch.channels_last_3d)
+            for name, image in sample.images.items()
+        },
+        sample.target.to(device),
+        sample.valid.to(device),
+    )
+
+
+def _probabilities(network: nn.Module, images: dict[str, Tensor]) -> Tensor:
+    """Return softmax probabilities in float32; convolutions in bfloat16 where that is native."""
+    device = next(iter(images.values())).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=native_bfloat16(device)):
+        logits = network(images)
+    return logits.float().softmax(1)
+
+
+def native_bfloat16(device: str) -> bool:
+    """Return whether the processor multiplies bfloat16 itself; emulated, it is ten times slower."""
+    if device == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == 'cpu' and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _agreement(network: nn.Module, sample: Sample, step: int) -> Tensor:
+    """Return the unlabelled term between all modalities and one of them, by turns."""
+    names = sorted(sample.images)
+    everything = _probabilities(network, sample.images)
+    one = names[step // 4 % len(names)]
+    some = _probabilities(network, {one: sample.images[one]})
+    believed = (everything[:, LESION : LESION + 1] > 0.3).float()
+    return consistency_risk(everything, some, believed)
+
+
+def _freeze(network: nn.Module) -> None:
+    """Make normalisation use its running statistics; its scale and shift go on learning."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm3d):
+            layer.eval()
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the factor on the learning rate: a short warm-up, then polynomial decay."""
+    return min(1.0, (step + 1) / 100) * (1 - step / steps) ** 0.9
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the current ones; statistics are copied."""
+    for mean, value in zip(average.parameters(), network.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for mean, value in zip(average.buffers(), network.buffers(), strict=True):
+        mean.copy_(value)
+
+
+@torch.no_grad()
+def score(network: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the Dice of each class over all held-out windows together, in per cent."""
+    network.eval()
+    both, sizes = np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
+    device = str(next(network.parameters()).device)
+    for sample in samples:
+        sample = _to(_collate([sample]), device)
+        found = _probabilities(network, sample.images).argmax(1)
+        truth = sample.target.argmax(1)
+        known = sample.valid[:, 0] > 0
+        for channel in range(len(CLASSES)):
+            a, b = (found == channel) & known, (truth == channel) & known
+            both[channel] += float((a & b).sum())
+            sizes[channel] += float(a.sum() + b.sum())
+    dice = 200 * both / np.maximum(sizes, 1)
+    return dict(zip(CLASSES, dice.round(2).tolist(), strict=True))
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_suffix('.tmp')
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def _log(
+    path: Path,
+    step: int,
+    recent: list[list[float]],
+    dice: dict[str, float],
+    started: float,
+    first: int,
+) -> None:
+    """Add a line to the curve and show it."""
+    rate = (time.monotonic() - started) / max(1, step - first)
+    row = {
+        'step': step,
+        'seconds_per_step': round(rate, 3),
+        **{f'loss_{i}': round(float(value), 4) for i, value in enumerate(_means(recent))},
+        **dice,
+    }
+    new = not path.is_file()
+    with path.open('a', newline='') as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    tissue = np.mean([dice[name] for name in TISSUES])
+    LOGGER.info(
+        'step %d, %.2f s each: loss %s, tissue %.1f, lesion %.1f',
+        step, rate, ' '.join(f'{value:.3f}' for value in _means(recent)), tissue, dice['L'],
+    )  # fmt: skip
+
+
+def _means(recent: list[list[float]]) -> list[float]:
+    columns = np.array(recent, dtype=float).T
+    return [float(np.nanmean(c)) if np.isfinite(c).any() else float('nan') for c in columns]
