@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bids_jointseg import __version__
-from bids_jointseg.labels import LABELS
+from bids_jointseg.labels import CLASSES, LABELS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from bids_jointseg.card import ModelCard
     from bids_jointseg.config import Settings
@@ -379,7 +379,7 @@ def write_json(path: Path, record: dict[str, Any]) -> Path:
     return write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + '\n')
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> Path:
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows, tab-separated or, where the name ends on .csv, comma-separated."""
     buffer = io.StringIO()
     delimiter = ',' if path.suffix == '.csv' else '\t'
@@ -395,6 +395,145 @@ def derivative(out_dir: Path, scan: Scan, suffix: str) -> Path:
     if scan.session is not None:
         folder = folder / f'ses-{scan.session}'
     return folder / 'anat' / f'{scan.stem}_{suffix}'
+
+
+def expected(scan: Scan, level: str) -> tuple[str, ...]:
+    """Return the suffixes of all results of a scan, in the order of writing."""
+    paired = scan.t1w is not None and scan.flair is not None
+    reference = 'T1w' if scan.t1w else 'FLAIR'
+    images = ['seg-jointseg_dseg', 'label-L_mask']
+    if paired:
+        images += ['space-FLAIR_seg-jointseg_dseg', 'space-FLAIR_label-L_mask']
+    transforms: list[str] = []
+    if level == 'full':
+        images += ['desc-brain_mask', 'seg-jointseg_desc-entropy_probseg']
+        images += [f'seg-jointseg_label-{name}_probseg' for name in CLASSES[1:]]
+        images += [f'desc-preproc_{reference}']
+        if paired:
+            images += ['space-T1w_desc-preproc_FLAIR']
+            transforms += [
+                'from-FLAIR_to-T1w_mode-image_xfm.txt',
+                'from-T1w_to-FLAIR_mode-image_xfm.txt',
+            ]
+    tables = ('desc-lesions_morph', 'seg-jointseg_morph')
+    return (
+        *(name + extension for name in images for extension in ('.nii.gz', '.json')),
+        *transforms,
+        *(name + extension for name in tables for extension in ('.tsv', '.csv', '.json')),
+    )
+
+
+def sidecar(scan: Scan, suffix: str, bids_dir: Path) -> dict[str, Any]:
+    """Return the metadata of an image: what it was made from, and what the standard asks for."""
+    sources = [path for path in (scan.t1w, scan.flair) if path is not None]
+    record: dict[str, Any] = {'Sources': [raw_uri(path, bids_dir) for path in sources]}
+    space = re.search('space-(T1w|FLAIR)_', suffix)
+    if space:
+        target = scan.t1w if space[1] == 'T1w' else scan.flair
+        record['SpatialReference'] = raw_uri(target or scan.reference, bids_dir)
+    if 'desc-brain_mask' in suffix:
+        record['Type'] = 'Brain'
+    elif 'label-L_mask' in suffix:
+        record['Type'] = 'Lesion'
+    elif 'entropy' in suffix:
+        record['Description'] = (
+            'Entropy of the class probabilities, -sum(p log p) / log(8): '
+            '0 is certain, 1 is all eight classes alike'
+        )
+    return record
+
+
+VOLUME_COLUMNS = {
+    'index': {'Description': 'Value of the class in the segmentation'},
+    'name': {'Description': 'Abbreviation of the class, as in seg-jointseg_dseg.tsv'},
+    'volume_mm3': {'Description': 'Volume of the voxels with this label', 'Units': 'mm^3'},
+    'percent_of_brain': {
+        'Description': 'Volume relative to that of all classes together',
+        'Units': '%',
+    },
+}
+LESION_COLUMNS = {
+    'lesion': {'Description': 'Number of the lesion, the largest first'},
+    'volume_mm3': {'Description': 'Volume', 'Units': 'mm^3'},
+    'x_mm': {'Description': 'Centroid, towards the right of the patient', 'Units': 'mm'},
+    'y_mm': {'Description': 'Centroid, towards the front', 'Units': 'mm'},
+    'z_mm': {'Description': 'Centroid, upwards', 'Units': 'mm'},
+    'voxels': {'Description': 'Number of voxels, joined where they touch at least at a corner'},
+}
+
+
+def write_tables(
+    out_dir: Path,
+    scan: Scan,
+    bids_dir: Path,
+    *,
+    volumes: Mapping[str, float],
+    lesions: Sequence[Mapping[str, float]],
+    flags: Sequence[str],
+    configuration: Mapping[str, Any],
+) -> None:
+    """Write the tables of one scan; the summary comes last, so it says that all is there.
+
+    Parameters
+    ----------
+    volumes
+        Abbreviation -> mm^3.
+    lesions
+        Rows of :func:`.image.lesion_table`.
+    flags
+        What a reader should look at.
+    configuration
+        What decided the result beside the scans.
+    """
+    sources = sidecar(scan, '', bids_dir)['Sources']
+    table = derivative(out_dir, scan, 'desc-lesions_morph.json')
+    rows = [
+        {
+            key: round(value, 2) if key.endswith(('_mm', '_mm3')) else value
+            for key, value in row.items()
+        }
+        for row in lesions
+    ]
+    for suffix in ('.tsv', '.csv'):
+        write_table(table.with_suffix(suffix), tuple(LESION_COLUMNS), rows)
+    write_json(table, {'Sources': sources, 'columns': LESION_COLUMNS})
+
+    brain = sum(volumes.values())
+    table = derivative(out_dir, scan, 'seg-jointseg_morph.json')
+    rows = [
+        {
+            'index': label.index,
+            'name': label.abbreviation,
+            'volume_mm3': round(volumes[label.abbreviation], 2),
+            'percent_of_brain': round(100 * volumes[label.abbreviation] / brain, 4)
+            if brain
+            else 0.0,
+        }
+        for label in LABELS[1:]
+    ]
+    for suffix in ('.tsv', '.csv'):
+        write_table(table.with_suffix(suffix), tuple(VOLUME_COLUMNS), rows)
+    record = {
+        'Sources': sources,
+        'brain_volume_mm3': round(brain, 2),
+        'lesion_count': len(lesions),
+        'flags': list(flags),
+        'configuration': dict(configuration),
+        'columns': VOLUME_COLUMNS,
+    }
+    write_json(table, record)
+
+
+def is_complete(out_dir: Path, scan: Scan, level: str, configuration: Mapping[str, Any]) -> bool:
+    """Tell whether all results of a scan are there and were made by this configuration."""
+    if not all(derivative(out_dir, scan, suffix).exists() for suffix in expected(scan, level)):
+        return False
+    summary = derivative(out_dir, scan, 'seg-jointseg_morph.json')
+    try:
+        record = json.loads(summary.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return bool(record.get('configuration') == dict(configuration))
 
 
 def raw_uri(path: Path, bids_dir: Path) -> str:

@@ -1,0 +1,537 @@
+"""Nipype interfaces: each loads its inputs, calls one function, and saves what it returns.
+
+Between nodes, arrays travel as uncompressed NumPy files in the work folder:
+
+- a scan is ``{data (X, Y, Z), affine}``,
+- a pass of the network is named after its reference modality and holds one image per modality
+  on one grid, ``{T1w, FLAIR, affine}``, and then ``{probabilities (C, X, Y, Z), affine}``.
+
+One pass or two, T1w or FLAIR or both: everything here loops over what there is.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    InputMultiObject,
+    OutputMultiObject,
+    SimpleInterface,
+    TraitedSpec,
+    isdefined,
+    traits,
+)
+
+from bids_jointseg import bids, image, reports
+from bids_jointseg.card import ModelError, read_card
+from bids_jointseg.image import Grid, ImageError, Volume
+from bids_jointseg.labels import CLASSES, LABELS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+LOGGER = logging.getLogger('bids_jointseg')
+
+LESION = next(label.index for label in LABELS if label.abbreviation == 'L')
+PLAUSIBLE_BRAIN_ML = (700, 2000)
+"""Brain mask of a living person over five: outside, something went wrong."""
+
+
+# --- files between nodes ------------------------------------------------------------------------
+
+
+def _save(name: str, **arrays: NDArray[Any]) -> str:
+    path = Path.cwd() / f'{name}.npz'
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return str(path)
+
+
+def _load(path: str) -> dict[str, NDArray[Any]]:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _save_array(name: str, array: NDArray[Any]) -> str:
+    path = Path.cwd() / f'{name}.npy'
+    np.save(path, array)
+    return str(path)
+
+
+def _load_volume(path: str) -> Volume:
+    arrays = _load(path)
+    return Volume(arrays['data'], Grid(arrays['data'].shape, arrays['affine']))
+
+
+def _load_volumes(inputs: Any) -> dict[str, Volume]:
+    """Return modality -> scan of those that there are."""
+    given = {'T1w': inputs.t1w, 'FLAIR': inputs.flair}
+    return {name: _load_volume(path) for name, path in given.items() if isdefined(path)}
+
+
+def _between(transform: Any) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Return (from, to) -> matrix that maps points, RAS mm, of one scan to the other."""
+    matrix = image.load_itk(transform) if isdefined(transform) else np.eye(4)
+    return {
+        ('T1w', 'T1w'): np.eye(4),
+        ('FLAIR', 'FLAIR'): np.eye(4),
+        ('T1w', 'FLAIR'): matrix,
+        ('FLAIR', 'T1w'): np.linalg.inv(matrix),
+    }
+
+
+# --- the nodes ----------------------------------------------------------------------------------
+
+
+class _CheckInput(BaseInterfaceInputSpec):
+    t1w = File(desc='T1w as found')
+    flair = File(desc='FLAIR as found')
+
+
+class _CheckOutput(TraitedSpec):
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    flags = traits.List(traits.Str, desc='what is questionable')
+
+
+class Check(SimpleInterface):
+    """Check the scans of one unit of work and conform them (:func:`.image.load_scan`)."""
+
+    input_spec = _CheckInput
+    output_spec = _CheckOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        with _warnings() as flags:
+            for name in ('t1w', 'flair'):
+                path = getattr(self.inputs, name)
+                if isdefined(path):
+                    volume = image.load_scan(path)
+                    self._results[name] = _save(name, data=volume.data, affine=volume.grid.affine)
+                    flags[:] = [flag.replace(str(path), Path(path).name) for flag in flags]
+        self._results['flags'] = flags
+        return runtime
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect the warnings that are logged; they are shown as well."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Collect(logging.WARNING)
+    LOGGER.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        LOGGER.removeHandler(handler)
+
+
+class _RegisterInput(BaseInterfaceInputSpec):
+    t1w = File(mandatory=True, desc='conformed T1w')
+    flair = File(mandatory=True, desc='conformed FLAIR')
+    precomputed = File(desc='transform to use instead of registering')
+    inverse = traits.Bool(False, usedefault=True, desc='the precomputed one is from T1w to FLAIR')
+    pair = traits.Str(desc='how to call the two in a message')
+    seed = traits.Int(0, usedefault=True)
+
+
+class _RegisterOutput(TraitedSpec):
+    transform = File(desc='points of the T1w -> points of the FLAIR, ITK affine')
+
+
+class Register(SimpleInterface):
+    """Align the FLAIR with the T1w rigidly (:func:`.image.register`)."""
+
+    input_spec = _RegisterInput
+    output_spec = _RegisterOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        if isdefined(inputs.precomputed):
+            matrix = image.load_itk(inputs.precomputed)
+            matrix = np.linalg.inv(matrix) if inputs.inverse else matrix
+        else:
+            # One thread: the same result bit by bit every time.
+            volumes = _load_volumes(inputs)
+            try:
+                matrix = image.register(
+                    volumes['T1w'], volumes['FLAIR'], threads=1, seed=inputs.seed
+                )
+            except ImageError as error:
+                raise ImageError(f'{inputs.pair}: {error}') from error
+        path = Path.cwd() / 'transform.txt'
+        image.save_itk(matrix, path)
+        self._results['transform'] = str(path)
+        return runtime
+
+
+class _ToModelGridInput(BaseInterfaceInputSpec):
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    transform = File(desc='T1w -> FLAIR')
+    modalities = traits.List(traits.Str, mandatory=True, desc='that the model has a branch for')
+    in_plane_mm = traits.Float(mandatory=True)
+    slice_mm = traits.Tuple(traits.Float, traits.Float, mandatory=True)
+    fast = traits.Bool(False, usedefault=True, desc='one pass')
+    threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _PassesOutput(TraitedSpec):
+    passes = OutputMultiObject(File(), desc='one file per pass of the network')
+
+
+class ToModelGrid(SimpleInterface):
+    """Bring the scans onto the grid of every pass of the network (:func:`.image.resample`)."""
+
+    input_spec = _ToModelGridInput
+    output_spec = _PassesOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        volumes = _load_volumes(inputs)
+        usable = {name: item for name, item in volumes.items() if name in inputs.modalities}
+        if not usable:
+            raise ModelError(
+                f'the model takes {" and ".join(inputs.modalities)}, '
+                f'there is only {" and ".join(volumes)}: choose another --model'
+            )
+        between = _between(inputs.transform)
+        grids = {name: volume.grid for name, volume in usable.items()}
+        references = image.plan_passes(
+            grids.get('T1w'), grids.get('FLAIR'), between['FLAIR', 'T1w']
+        )
+        passes = []
+        for reference in references[: 1 if inputs.fast else None]:
+            grid = image.model_grid(
+                usable[reference], in_plane_mm=inputs.in_plane_mm, slice_mm=inputs.slice_mm
+            )
+            images = {
+                name: image.resample(
+                    volume, grid, between[reference, name], threads=inputs.threads
+                )
+                for name, volume in usable.items()
+            }
+            passes.append(_save(reference, affine=grid.affine, **images))
+        self._results['passes'] = passes
+        return runtime
+
+
+class _NormaliseInput(BaseInterfaceInputSpec):
+    passes = InputMultiObject(File(), mandatory=True)
+    landmarks = traits.Dict(desc='modality -> landmarks of histogram scaling')
+
+
+class Normalise(SimpleInterface):
+    """Scale the histograms, then to zero mean and unit variance (:func:`.image.normalise`)."""
+
+    input_spec = _NormaliseInput
+    output_spec = _PassesOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        landmarks = self.inputs.landmarks if isdefined(self.inputs.landmarks) else {}
+        passes = []
+        for path in self.inputs.passes:
+            arrays = _load(path)
+            affine = arrays.pop('affine')
+            images = {
+                name: image.normalise(data, landmarks.get(name)) for name, data in arrays.items()
+            }
+            passes.append(_save(Path(path).stem, affine=affine, **images))
+        self._results['passes'] = passes
+        return runtime
+
+
+class _SegmentInput(BaseInterfaceInputSpec):
+    passes = InputMultiObject(File(), mandatory=True)
+    model = traits.Str(mandatory=True, nohash=True, desc="the model's card")
+    sha256 = traits.Str(mandatory=True, desc='of the weights: they decide, not where they lie')
+    device = traits.Str('auto', usedefault=True, nohash=True)
+    threads = traits.Int(1, usedefault=True, nohash=True)
+    # Nipype gives GPU slots only to a node with a trait of this name.
+    use_gpu = traits.Bool(False, usedefault=True, nohash=True)
+
+
+class Segment(SimpleInterface):
+    """Run the network on every pass (:func:`.inference.predict`)."""
+
+    input_spec = _SegmentInput
+    output_spec = _PassesOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_jointseg.inference import predict
+        from bids_jointseg.network import load_model
+
+        inputs = self.inputs
+        network = load_model(read_card(inputs.model))
+        passes = []
+        for path in inputs.passes:
+            images = _load(path)
+            affine = images.pop('affine')
+            probabilities = predict(network, images, device=inputs.device, threads=inputs.threads)
+            # Half precision resolves far more than the 1/255 that is written in the end.
+            half = probabilities.astype(np.float16)
+            passes.append(_save(Path(path).stem, affine=affine, probabilities=half))
+        self._results['passes'] = passes
+        return runtime
+
+
+class _ToNativeInput(BaseInterfaceInputSpec):
+    passes = InputMultiObject(File(), mandatory=True)
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    transform = File(desc='T1w -> FLAIR')
+    level = traits.Enum('full', 'minimal', usedefault=True)
+    threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _ToNativeOutput(TraitedSpec):
+    t1w_labels = File(desc='(X, Y, Z) uint8 on the grid of the T1w')
+    flair_labels = File(desc='(X, Y, Z) uint8 on the grid of the FLAIR')
+    probabilities = File(desc='(C, X, Y, Z) uint8, 255 is 1, on the grid of the reference')
+    entropy = File(desc='(X, Y, Z) float16 on the grid of the reference')
+
+
+class ToNative(SimpleInterface):
+    """Map the probabilities to the native grids and label (:func:`.image.joint_probabilities`)."""
+
+    input_spec = _ToNativeInput
+    output_spec = _ToNativeOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        between = _between(inputs.transform)
+        passes = {}
+        for path in inputs.passes:
+            arrays = _load(path)
+            shape = arrays['probabilities'].shape[1:]
+            passes[Path(path).stem] = (arrays['probabilities'], Grid(shape, arrays['affine']))
+        for number, (target, volume) in enumerate(_load_volumes(inputs).items()):
+            joint = image.joint_probabilities(
+                passes,
+                volume.grid,
+                {name: between[target, name] for name in passes},
+                threads=inputs.threads,
+            )
+            name = f'{target.lower()}_labels'
+            self._results[name] = _save_array(name, image.label_map(joint))
+            if number == 0:  # the reference
+                self._results['entropy'] = _save_array(
+                    'entropy', entropy(joint).astype(np.float16)
+                )
+                if inputs.level == 'full':
+                    self._results['probabilities'] = _save_array(
+                        'probabilities', np.rint(joint * 255).astype(np.uint8)
+                    )
+        return runtime
+
+
+def entropy(probabilities: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return the normalised entropy, ``-sum_c p_c log p_c / log C``: 0 certain, 1 all even.
+
+    Parameters
+    ----------
+    probabilities
+        (C, X, Y, Z), summing to 1 over classes.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        (X, Y, Z).
+    """
+    total = np.zeros(probabilities.shape[1:], np.float32)
+    for p in probabilities:
+        total -= p * np.log(np.maximum(p, np.float32(1e-9)))
+    return np.clip(total / np.float32(np.log(len(probabilities))), 0, 1)
+
+
+class _WriteInput(BaseInterfaceInputSpec):
+    scan = traits.Any(mandatory=True, desc='the unit of work, a Scan')
+    bids_dir = traits.Str(mandatory=True)
+    out_dir = traits.Str(mandatory=True)
+    level = traits.Enum('full', 'minimal', usedefault=True)
+    configuration = traits.Dict(desc='what decides the result beside the scans')
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    transform = File(desc='T1w -> FLAIR')
+    t1w_labels = File()
+    flair_labels = File()
+    probabilities = File()
+    entropy = File(mandatory=True)
+    flags = traits.List(traits.Str)
+
+
+class _WriteOutput(TraitedSpec):
+    summary = File(desc='the file that is written last')
+
+
+class WriteDerivatives(SimpleInterface):
+    """Write all results of one scan; the summary comes last and says that they are complete."""
+
+    input_spec = _WriteInput
+    output_spec = _WriteOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        scan: bids.Scan = inputs.scan
+        bids_dir, out_dir = Path(inputs.bids_dir), Path(inputs.out_dir)
+        summary = bids.derivative(out_dir, scan, 'seg-jointseg_morph.json')
+        summary.parent.mkdir(parents=True, exist_ok=True)
+        summary.unlink(missing_ok=True)  # what is there now is about to be replaced
+
+        volumes = _load_volumes(inputs)
+        reference = next(iter(volumes))
+        grid = volumes[reference].grid
+        files = {'T1w': scan.t1w, 'FLAIR': scan.flair}
+        labels = {name: np.load(getattr(inputs, f'{name.lower()}_labels')) for name in volumes}
+        own = labels[reference]
+        brain = own > 0
+
+        def write(suffix: str, data: NDArray[Any], name: str = reference, **options: Any) -> None:
+            path = bids.derivative(out_dir, scan, suffix)
+            record = bids.sidecar(scan, suffix, bids_dir)
+            if 'desc-preproc' in suffix:
+                record['SkullStripped'] = stripped
+            options.setdefault('dtype', np.uint8)
+            image.save(path, data, volumes[name].grid, like=files[name], **options)
+            bids.write_json(path.with_name(path.name.split('.')[0] + '.json'), record)
+
+        for name, array in labels.items():
+            space = '' if name == reference else f'space-{name}_'
+            write(f'{space}seg-jointseg_dseg.nii.gz', array, name)
+            write(f'{space}label-L_mask.nii.gz', (array == LESION).astype(np.uint8), name)
+        if inputs.level == 'full':
+            stripped = skull_stripped(volumes[reference], brain)
+            write('desc-brain_mask.nii.gz', brain.astype(np.uint8))
+            half = {'dtype': np.uint8, 'slope': 1 / 255}
+            probabilities = np.load(inputs.probabilities, mmap_mode='r')
+            for name, array in zip(CLASSES[1:], probabilities[1:], strict=True):
+                write(f'seg-jointseg_label-{name}_probseg.nii.gz', array / np.float32(255), **half)
+            uncertainty = np.load(inputs.entropy).astype(np.float32)
+            write('seg-jointseg_desc-entropy_probseg.nii.gz', uncertainty, **half)
+            between = _between(inputs.transform)
+            for name, volume in volumes.items():
+                space, data = '', volume.data
+                if name != reference:
+                    space = f'space-{reference}_'
+                    data = image.resample(volume, grid, between[reference, name])
+                slope = float(np.abs(data).max()) / np.iinfo(np.int16).max
+                write(f'{space}desc-preproc_{name}.nii.gz', data, dtype=np.int16, slope=slope)
+            if len(volumes) == 2:
+                for start, end in (('FLAIR', 'T1w'), ('T1w', 'FLAIR')):
+                    # ITK maps points against the direction in which the image moves.
+                    suffix = f'from-{start}_to-{end}_mode-image_xfm.txt'
+                    path = bids.derivative(out_dir, scan, suffix)
+                    image.save_itk(between[end, start], path)
+
+        lesions = image.lesion_table(own == LESION, grid)
+        flags = [*scan.notes, *inputs.flags, *findings(own, volumes)]
+        bids.write_tables(
+            out_dir,
+            scan,
+            bids_dir,
+            volumes=image.volumes_mm3(own, grid),
+            lesions=lesions,
+            flags=flags,
+            configuration=dict(inputs.configuration),
+        )
+        self._results['summary'] = str(summary)
+        return runtime
+
+
+def skull_stripped(volume: Volume, brain: NDArray[np.bool_]) -> bool:
+    """Tell whether a scan shows a brain without its head.
+
+    Scalp, face and neck are more than half as large as the brain; what a brain extraction
+    leaves beside the tissue is fluid and a rim, far less.
+
+    Parameters
+    ----------
+    volume
+        The scan.
+    brain
+        (X, Y, Z), true within the brain.
+    """
+    outside = (volume.data > image.foreground(volume.data)) & ~brain
+    return bool(outside.sum() < 0.25 * brain.sum())
+
+
+def findings(labels: NDArray[np.uint8], volumes: Mapping[str, Volume]) -> list[str]:
+    """Return what a reader should look at before trusting a segmentation, one line each.
+
+    Parameters
+    ----------
+    labels
+        (X, Y, Z) on the grid of the reference scan.
+    volumes
+        Modality -> scan; the reference comes first.
+    """
+    grid = next(iter(volumes.values())).grid
+    found = []
+    low, high = PLAUSIBLE_BRAIN_ML
+    millilitres = sum(image.volumes_mm3(labels, grid).values()) / 1000
+    if not low <= millilitres <= high:
+        found.append(
+            f'brain volume {millilitres:.0f} mL is not between {low} and {high} mL: '
+            'look at the figures'
+        )
+    cut = [labels.take(end, axis=axis).any() for axis in range(3) for end in (0, -1)]
+    if any(cut):
+        found.append('the brain reaches the edge of the scan: volumes may be too small')
+    if 'FLAIR' not in volumes:
+        found.append('no FLAIR: lesions are judged on the T1w alone and many are missed')
+    return found
+
+
+class _FiguresInput(BaseInterfaceInputSpec):
+    stem = traits.Str(mandatory=True)
+    folder = traits.Str(mandatory=True)
+    t1w = File()
+    flair = File()
+    transform = File()
+    t1w_labels = File()
+    flair_labels = File()
+    entropy = File(mandatory=True)
+    threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _FiguresOutput(TraitedSpec):
+    figures = OutputMultiObject(traits.Str(), desc='outside the work folder')
+
+
+class DrawFigures(SimpleInterface):
+    """Draw the figures of one scan (:func:`.reports.draw_scan`)."""
+
+    input_spec = _FiguresInput
+    output_spec = _FiguresOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        volumes = _load_volumes(inputs)
+        arrays = {'entropy': np.load(inputs.entropy).astype(np.float32)}
+        for name in volumes:
+            key = f'{name.lower()}_labels'
+            arrays[key] = np.load(getattr(inputs, key))
+        if len(volumes) == 2:
+            flair, grid = volumes['FLAIR'], volumes['T1w'].grid
+            after = _between(inputs.transform)['T1w', 'FLAIR']
+            arrays['flair_on_t1w'] = image.resample(flair, grid, after)
+            arrays['flair_on_t1w_before'] = image.resample(flair, grid)
+        written = reports.draw_scan(
+            Path(inputs.folder),
+            inputs.stem,
+            t1w=volumes.get('T1w'),
+            flair=volumes.get('FLAIR'),
+            **arrays,
+        )
+        self._results['figures'] = [str(path) for path in written]
+        return runtime

@@ -1,0 +1,409 @@
+"""From the scans of each participant to their joint segmentation.
+
+After Dorent et al., MIDL 2019. One workflow per scan (a T1w, a FLAIR, or a pair of them):
+
+    check - (register) - resample - normalise - segment - to_native - write, figures
+
+The lesion evidence is computed on the FLAIR's slices, the tissue on the T1w's own where they are
+finer; :func:`.image.plan_passes` decides whether that takes one pass of the network or two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nipype import config as nipype_config
+from nipype.interfaces.utility import IdentityInterface
+from nipype.pipeline.engine import Node, Workflow
+
+from bids_jointseg import __version__, bids
+from bids_jointseg.image import ImageError, load_grid
+from bids_jointseg.interfaces import (
+    Check,
+    DrawFigures,
+    Normalise,
+    Register,
+    Segment,
+    ToModelGrid,
+    ToNative,
+    WriteDerivatives,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bids_jointseg.bids import Scan
+    from bids_jointseg.card import ModelCard
+    from bids_jointseg.config import Settings
+
+STAGES = {
+    'check': 'checked',
+    'register': 'FLAIR aligned with the T1w',
+    'resample': "brought onto the model's grid",
+    'normalise': 'intensities normalised',
+    'segment': 'segmented',
+    'to_native': 'labelled on the native grids',
+    'write': 'results written',
+    'figures': 'figures drawn',
+}
+
+
+def init_participant_wf(
+    *,
+    scans: Sequence[Scan],
+    settings: Settings,
+    card: ModelCard,
+    name: str = 'jointseg_wf',
+) -> Workflow:
+    """Build the workflow of all scans.
+
+    Parameters
+    ----------
+    scans
+        Units of work, as :func:`.bids.plan` returns them.
+    settings
+        Of the run.
+    card
+        Of the model.
+    name
+        Of the workflow.
+
+    Returns
+    -------
+    Workflow
+        One workflow per scan, independent of each other, under a work folder that is stamped
+        with what decides the results.
+    """
+    workflow = Workflow(name=name)
+    workflow.base_dir = str(work_folder(settings, card))
+    for scan in scans:
+        scan_wf = init_scan_wf(
+            scan=scan,
+            card=card,
+            bids_dir=settings.bids_dir,
+            output_dir=settings.output_dir,
+            level=settings.level,
+            fast=settings.fast,
+            random_seed=settings.random_seed,
+            device=settings.device,
+            use_gpu=wants_gpu(settings.device),
+            omp_nthreads=min(settings.omp_nthreads, settings.nprocs),
+            derivatives=settings.derivatives,
+            name=workflow_name(scan),
+        )
+        workflow.add_nodes([scan_wf])
+        crashes = log_folder(settings, scan.subject)
+        for node in scan_wf._get_all_nodes():
+            node.config = {'execution': {'crashdump_dir': str(crashes)}}
+    execution = {
+        'check_version': 'false',
+        'crashfile_format': 'txt',
+        'create_report': 'false',
+        'hash_method': 'content',
+        'parameterize_dirs': 'false',
+        'poll_sleep_duration': '0.1',
+        # The set of connected outputs must not change what a node's hash is.
+        'remove_unnecessary_outputs': 'false',
+        'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
+    }
+    nipype_config.update_config({'execution': execution})
+    workflow.config['execution'] = deepcopy(execution)
+    paragraphs = [_INTRODUCTION.format(version=__version__, card=card)]
+    paragraphs += dict.fromkeys(workflow.get_node(workflow_name(scan)).__desc__ for scan in scans)
+    workflow.__desc__ = '\n\n'.join(paragraphs)
+    return workflow
+
+
+def init_scan_wf(
+    *,
+    scan: Scan,
+    card: ModelCard,
+    bids_dir: Path,
+    output_dir: Path,
+    level: str = 'full',
+    fast: bool = False,
+    random_seed: int = 0,
+    device: str = 'auto',
+    use_gpu: bool = False,
+    omp_nthreads: int = 1,
+    derivatives: Mapping[str, Path] | None = None,
+    name: str = 'scan_wf',
+) -> Workflow:
+    """Build the workflow of one unit of work.
+
+    Parameters
+    ----------
+    scan
+        A T1w, a FLAIR, or both.
+    card
+        Of the model.
+    bids_dir, output_dir
+        Datasets that are read and written.
+    level
+        'minimal' or 'full' results.
+    fast
+        One pass of the network, on the coarsest slices that it accepts.
+    random_seed
+        Of the registration.
+    device
+        'auto', 'cpu', 'cuda' or 'cuda:N'.
+    use_gpu
+        The segmentation takes one of Nipype's GPU slots.
+    omp_nthreads
+        Most threads of one node.
+    derivatives
+        Name -> folder of precomputed derivatives.
+    name
+        Of the workflow.
+
+    Inputs
+    ------
+    t1w
+        T1w, or nothing.
+    flair
+        FLAIR, or nothing.
+
+    Outputs
+    -------
+    t1w_labels, flair_labels
+        Label maps on the native grids, as arrays.
+    probabilities, entropy
+        On the reference's grid, as arrays.
+    transform
+        Points of the T1w -> points of the FLAIR.
+    summary
+        The last file of the results.
+    """
+    workflow = Workflow(name=name)
+    workflow.__desc__ = _describe(scan)
+    gigabytes = _memory_gb(scan)
+    configuration = result_configuration(card, level=level, fast=fast, random_seed=random_seed)
+
+    inputnode = Node(IdentityInterface(fields=['t1w', 'flair']), name='inputnode')
+    for field in ('t1w', 'flair'):
+        path = getattr(scan, field)
+        if path is not None:
+            inputnode.set_input(field, str(path))
+    outputnode = Node(
+        IdentityInterface(
+            fields=[
+                't1w_labels',
+                'flair_labels',
+                'probabilities',
+                'entropy',
+                'transform',
+                'summary',
+            ]
+        ),
+        name='outputnode',
+    )
+
+    check = Node(Check(), name='check', mem_gb=gigabytes)
+    finest, coarsest = card.slice_mm
+    resample = Node(
+        ToModelGrid(
+            modalities=list(card.modalities),
+            in_plane_mm=card.in_plane_mm,
+            slice_mm=(coarsest if fast else finest, coarsest),
+            fast=fast,
+            threads=omp_nthreads,
+        ),
+        name='resample',
+        mem_gb=gigabytes,
+        n_procs=omp_nthreads,
+    )
+    normalise = Node(Normalise(landmarks=card.landmarks or {}), name='normalise', mem_gb=gigabytes)
+    segment = Node(
+        Segment(
+            model=str(card.path),
+            sha256=card.sha256,
+            device=device,
+            threads=omp_nthreads,
+            use_gpu=use_gpu,
+        ),
+        name='segment',
+        mem_gb=max(2.0, 2 * gigabytes),
+        # A GPU node takes as many GPU slots as processors.
+        n_procs=1 if use_gpu else omp_nthreads,
+    )
+    to_native = Node(
+        ToNative(level=level, threads=omp_nthreads),
+        name='to_native',
+        mem_gb=2 * gigabytes,
+        n_procs=omp_nthreads,
+    )
+    write = Node(
+        WriteDerivatives(
+            scan=scan,
+            bids_dir=str(bids_dir),
+            out_dir=str(output_dir),
+            level=level,
+            configuration=configuration,
+        ),
+        name='write',
+        mem_gb=gigabytes,
+        # Results that were removed or made otherwise in between are written again.
+        overwrite=None if bids.is_complete(output_dir, scan, level, configuration) else True,
+    )
+    folder = output_dir / f'sub-{scan.subject}' / 'figures'
+    figures = Node(
+        DrawFigures(stem=scan.stem, folder=str(folder)),
+        name='figures',
+        mem_gb=gigabytes,
+        overwrite=None if any(folder.glob(f'{scan.stem}_desc-*.png')) else True,
+    )
+
+    workflow.connect([
+        (inputnode, check, [('t1w', 't1w'), ('flair', 'flair')]),
+        (check, resample, [('t1w', 't1w'), ('flair', 'flair')]),
+        (resample, normalise, [('passes', 'passes')]),
+        (normalise, segment, [('passes', 'passes')]),
+        (segment, to_native, [('passes', 'passes')]),
+        (check, to_native, [('t1w', 't1w'), ('flair', 'flair')]),
+        (check, write, [('t1w', 't1w'), ('flair', 'flair'), ('flags', 'flags')]),
+        (to_native, write, [
+            ('t1w_labels', 't1w_labels'),
+            ('flair_labels', 'flair_labels'),
+            ('probabilities', 'probabilities'),
+            ('entropy', 'entropy'),
+        ]),
+        (check, figures, [('t1w', 't1w'), ('flair', 'flair')]),
+        (to_native, figures, [
+            ('t1w_labels', 't1w_labels'),
+            ('flair_labels', 'flair_labels'),
+            ('entropy', 'entropy'),
+        ]),
+        (to_native, outputnode, [
+            ('t1w_labels', 't1w_labels'),
+            ('flair_labels', 'flair_labels'),
+            ('probabilities', 'probabilities'),
+            ('entropy', 'entropy'),
+        ]),
+        (write, outputnode, [('summary', 'summary')]),
+    ])  # fmt: skip
+
+    if scan.t1w is not None and scan.flair is not None:
+        register = Node(
+            Register(pair=f'{scan.t1w} and {scan.flair.name}', seed=random_seed),
+            name='register',
+            mem_gb=gigabytes,
+        )
+        found = find_transform(scan, derivatives or {})
+        if found is not None:
+            register.inputs.precomputed = str(found)
+            register.inputs.inverse = '_from-T1w_to-FLAIR_' in found.name
+        workflow.connect([
+            (check, register, [('t1w', 't1w'), ('flair', 'flair')]),
+            (register, resample, [('transform', 'transform')]),
+            (register, to_native, [('transform', 'transform')]),
+            (register, write, [('transform', 'transform')]),
+            (register, figures, [('transform', 'transform')]),
+            (register, outputnode, [('transform', 'transform')]),
+        ])  # fmt: skip
+    return workflow
+
+
+def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed: int) -> dict:
+    """Return what decides the results of a scan beside the scan; it is kept with them."""
+    return {
+        'version': __version__,
+        'model': card.name,
+        'weights': card.sha256,
+        'level': level,
+        'fast': fast,
+        'random_seed': random_seed,
+    }
+
+
+def workflow_name(scan: Scan) -> str:
+    """Return the name of a scan's workflow: 'sub-01_ses-1' -> 'sub_01_ses_1_wf'."""
+    return re.sub(r'\W', '_', scan.stem) + '_wf'
+
+
+def work_folder(settings: Settings, card: ModelCard) -> Path:
+    """Return the folder of intermediate results: another one for another version or model.
+
+    Everything else that matters is an input of a node, whose hash Nipype checks.
+    """
+    stamp = hashlib.sha256(f'{settings.bids_dir.resolve()}\n{card.sha256}'.encode())
+    return settings.work_dir / f'jointseg-{__version__}-{stamp.hexdigest()[:8]}'
+
+
+def log_folder(settings: Settings, subject: str) -> Path:
+    """Return where the logs of this run go."""
+    return settings.output_dir / f'sub-{subject}' / 'log' / settings.run_id
+
+
+def wants_gpu(device: str) -> bool:
+    """Tell whether to ask for a GPU slot, without starting CUDA: it must not start before a fork."""
+    if device == 'auto':
+        return os.environ.get('CUDA_VISIBLE_DEVICES') != '' and Path('/dev/nvidiactl').exists()
+    return device != 'cpu'
+
+
+def find_transform(scan: Scan, derivatives: Mapping[str, Path]) -> Path | None:
+    """Return a precomputed transform between the two scans of a pair, if there is one."""
+    for folder in derivatives.values():
+        for start, end in (('FLAIR', 'T1w'), ('T1w', 'FLAIR')):
+            suffix = f'from-{start}_to-{end}_mode-image_xfm.txt'
+            path = bids.derivative(folder, scan, suffix)
+            if path.is_file():
+                return path
+    return None
+
+
+def _memory_gb(scan: Scan) -> float:
+    """Estimate what eight classes of the larger scan take, with room for copies."""
+    voxels = 0
+    for path in (scan.t1w, scan.flair):
+        if path is not None:
+            try:
+                x, y, z = load_grid(path).shape
+            except ImageError:  # reported by name when the scan is checked
+                continue
+            voxels = max(voxels, x * y * z)
+    return round(0.3 + voxels * 8 * 4 * 2 / 1e9, 2)
+
+
+_INTRODUCTION = """\
+Brain tissue and white-matter lesions were segmented jointly with *bids_jointseg* {version}, a \
+BIDS App [@bids; @bidsapps] built on *Nipype* [@nipype], after @jointseg, with the network \
+`{card.name}` {card.version} (SHA-256 `{card.sha256}`, licence {card.licence}) in *PyTorch* \
+[@pytorch]."""
+
+
+def _describe(scan: Scan) -> str:
+    """Return the methods section of one scan."""
+    if scan.t1w is not None and scan.flair is not None:
+        what = 'Each T1-weighted scan was processed together with a FLAIR scan of its session.'
+        align = (
+            ' The FLAIR was aligned with the T1-weighted scan rigidly, by maximising mutual '
+            'information [@mattes] with *SimpleITK* [@simpleitk] over a pyramid of three '
+            'resolutions.'
+        )
+        where = (
+            'The probabilities of lesions were computed on the slices of the FLAIR, those of '
+            'tissue on the grid of the T1-weighted scan where its slices are finer; both were '
+            'mapped linearly to the native grid of each scan, joined, and the most probable '
+            'class was taken there.'
+        )
+    else:
+        name = 'T1-weighted' if scan.t1w is not None else 'FLAIR'
+        what = f'Each {name} scan without a partner in its session was processed alone.'
+        align = ''
+        where = (
+            'The probabilities were mapped linearly to the native grid of the scan, and the '
+            'most probable class was taken there.'
+        )
+    return (
+        f'{what}{align} Scans were resampled to the grid of the network along their own slices, '
+        'and their intensities scaled to zero mean and unit variance over the head [@nyul]. The '
+        'network takes any subset of modalities, the features of which are averaged [@hemis]. '
+        f'{where} Volumes are those of the labels; lesions are counted as 26-connected groups of '
+        'voxels.'
+    )
