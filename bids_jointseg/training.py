@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from bids_jointseg.inference import probabilities
 from bids_jointseg.labels import CLASSES, TISSUES
 from bids_jointseg.losses import consistency_risk, supervised_risk
 from bids_jointseg.network import build
@@ -133,7 +134,7 @@ def run(
         for stream in streams:
             sample = _to(next(stream), device)
             loss = supervised_risk(
-                _probabilities(network, sample.images), sample.target, GROUPS, sample.valid
+                probabilities(network, sample.images), sample.target, GROUPS, sample.valid
             )
             loss.backward()
             values.append(float(loss.detach()))
@@ -208,27 +209,12 @@ def _to(sample: Sample, device: str) -> Sample:
     )
 
 
-def _probabilities(network: nn.Module, images: dict[str, Tensor]) -> Tensor:
-    """Return softmax probabilities in float32; convolutions in bfloat16 where that is native."""
-    device = next(iter(images.values())).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=native_bfloat16(device)):
-        logits = network(images)
-    return logits.float().softmax(1)
-
-
-def native_bfloat16(device: str) -> bool:
-    """Return whether the processor multiplies bfloat16 itself; emulated, it is ten times slower."""
-    if device == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == 'cpu' and bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def _agreement(network: nn.Module, sample: Sample, step: int) -> Tensor:
     """Return the unlabelled term between all modalities and one of them, by turns."""
     names = sorted(sample.images)
-    everything = _probabilities(network, sample.images)
+    everything = probabilities(network, sample.images)
     one = names[step // 4 % len(names)]
-    some = _probabilities(network, {one: sample.images[one]})
+    some = probabilities(network, {one: sample.images[one]})
     believed = (everything[:, LESION : LESION + 1] > 0.3).float()
     return consistency_risk(everything, some, believed)
 
@@ -262,7 +248,7 @@ def score(network: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
     device = str(next(network.parameters()).device)
     for sample in samples:
         sample = _to(_collate([sample]), device)
-        found = _probabilities(network, sample.images).argmax(1)
+        found = probabilities(network, sample.images).argmax(1)
         truth = sample.target.argmax(1)
         known = sample.valid[:, 0] > 0
         for channel in range(len(CLASSES)):

@@ -1,0 +1,157 @@
+"""From normalised images to probabilities: arrays in, arrays out.
+
+A volume goes through the network whole where it is small enough, else in overlapping windows
+whose answers are blended by weights that fall off linearly towards a window's border.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+LOGGER = logging.getLogger('bids_jointseg')
+
+LARGEST = 3_000_000
+"""Voxels that go through the network at once: about 1.5 GB at 16 channels."""
+
+
+def choose_device(device: str = 'auto') -> torch.device:
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` stands for on this machine."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return torch.device(device)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Return whether the processor multiplies bfloat16 itself; emulated, it is ten times slower."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def probabilities(network: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
+    """Return softmax probabilities `(B, C, X, Y, Z)` in float32.
+
+    Convolutions run in bfloat16 where that is native.
+    """
+    device = next(iter(images.values())).device
+    native = native_bfloat16(device)
+    with torch.autocast(device.type, torch.bfloat16) if native else nullcontext():
+        logits = network(images)
+    return logits.float().softmax(1)
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    *,
+    window: Sequence[int] | None = None,
+    device: str = 'auto',
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """Return the probability of each class at each voxel.
+
+    Parameters
+    ----------
+    network
+        From :func:`bids_jointseg.network.load_model`.
+    images
+        Modality -> normalised image on the model's grid, `(X, Y, Z)`, all of one shape.
+    window
+        Largest window in voxels, for a network whose normalisation depends on its size; by
+        default as many slices as memory allows.
+    device
+        `auto` takes a GPU if there is one. A GPU that runs out of memory hands over to the CPU.
+    threads
+        Of the CPU; PyTorch's default if None.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        `(C, X, Y, Z)`.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    target = choose_device(device)
+    try:
+        return _predict(network, images, window, target)
+    except torch.cuda.OutOfMemoryError:
+        LOGGER.warning('%s has too little free memory for this scan: using the CPU', target)
+        torch.cuda.empty_cache()
+        return _predict(network, images, window, torch.device('cpu'))
+
+
+def _predict(
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    window: Sequence[int] | None,
+    device: torch.device,
+) -> NDArray[np.float32]:
+    network = network.to(device)
+    shape = next(iter(images.values())).shape
+    if window is None:
+        window = (*shape[:2], max(32, LARGEST // (shape[0] * shape[1])))
+    axes = [_starts(size, width) for size, width in zip(shape, window, strict=True)]
+    total: Tensor | None = None
+    weight = torch.zeros(shape)
+    for corner in itertools.product(*axes):
+        part = tuple(
+            slice(start, min(start + width, size))
+            for start, width, size in zip(corner, window, shape, strict=True)
+        )
+        found = _one(network, {name: image[part] for name, image in images.items()}, device)
+        ramp = _ramp(found.shape[1:], [len(starts) > 1 for starts in axes])
+        if total is None:
+            total = torch.zeros((found.shape[0], *shape))
+        total[(slice(None), *part)] += found * ramp
+        weight[part] += ramp
+    assert total is not None
+    return (total / weight).numpy()
+
+
+def _one(
+    network: nn.Module, images: Mapping[str, NDArray[np.float32]], device: torch.device
+) -> Tensor:
+    """Return the probabilities of one window, `(C, X, Y, Z)`."""
+    multiple: Sequence[int] = getattr(network, 'multiple', (1, 1, 1))
+    shape = next(iter(images.values())).shape
+    pad = [0] * 6
+    for axis, (size, step) in enumerate(zip(shape, multiple, strict=True)):
+        pad[2 * (2 - axis) + 1] = -size % step
+    tensors = {
+        # What lies outside of the volume is air, as it was in training.
+        name: F.pad(torch.from_numpy(np.ascontiguousarray(image)), pad, value=float(image.min()))
+        [None, None]
+        .to(device, memory_format=torch.channels_last_3d)
+        for name, image in images.items()
+    }  # fmt: skip
+    found = probabilities(network, tensors)[0]
+    return found[:, : shape[0], : shape[1], : shape[2]].cpu()
+
+
+def _starts(size: int, width: int) -> list[int]:
+    """Return the first voxels of windows that cover an axis and overlap by a third or more."""
+    if size <= width:
+        return [0]
+    count = int(np.ceil((size - width) / (width * 2 / 3))) + 1
+    return np.linspace(0, size - width, count).round().astype(int).tolist()
+
+
+def _ramp(shape: Sequence[int], blend: Sequence[bool]) -> Tensor:
+    """Return weights that fall off linearly towards the borders of the axes that are blended."""
+    ramp = torch.ones(tuple(shape))
+    for axis, (size, wanted) in enumerate(zip(shape, blend, strict=True)):
+        if wanted:
+            steps = torch.arange(size, dtype=torch.float32) + 1
+            profile = torch.minimum(steps, steps.flip(0))
+            ramp = ramp * profile.reshape([-1 if i == axis else 1 for i in range(3)])
+    return ramp
