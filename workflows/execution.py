@@ -94,7 +94,7 @@ class SurvivingMultiProc(MultiProcPlugin):
 
 
 def start_worker(cwd: str, log_file: str, verbose: int, monitor: bool) -> None:
-    """Prepare a worker process: quiet, and left alone by Ctrl-C, which the main process answers."""
+    """Prepare a worker: quiet, and left alone by Ctrl-C, which the main process answers."""
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')

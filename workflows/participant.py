@@ -15,7 +15,7 @@ import os
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nipype import config as nipype_config
 from nipype.interfaces.utility import IdentityInterface
@@ -340,7 +340,7 @@ def log_folder(settings: Settings, subject: str) -> Path:
 
 
 def wants_gpu(device: str) -> bool:
-    """Tell whether to ask for a GPU slot, without starting CUDA: it must not start before a fork."""
+    """Tell whether to ask for a GPU slot, without starting CUDA before a fork."""
     if device == 'auto':
         return os.environ.get('CUDA_VISIBLE_DEVICES') != '' and Path('/dev/nvidiactl').exists()
     return device != 'cpu'

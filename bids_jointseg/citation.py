@@ -1,0 +1,105 @@
+"""The description of the method that users may copy into a paper, with its references.
+
+It is written as Markdown with pandoc's citation keys, as BibTeX, and as HTML that needs no pandoc.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+from bids_jointseg.bids import write_text
+
+REFERENCES = Path(__file__).parent / 'data' / 'citations.bib'
+
+NOTICE = (
+    'The following text describes how the results were made. Copy it unchanged: it is released '
+    'under the CC0 licence.'
+)
+
+
+def write_citation(out_dir: Path, prose: str) -> list[Path]:
+    """Write ``logs/CITATION.{md,bib,html}``.
+
+    Parameters
+    ----------
+    out_dir
+        The output dataset.
+    prose
+        Markdown: paragraphs, ``*emphasis*``, `` `code` ``, and citations as ``[@key; @other]``
+        or ``@key``.
+    """
+    bibliography = REFERENCES.read_text(encoding='utf-8')
+    entries = parse_bibliography(bibliography)
+    page = to_html(prose, entries)
+    texts = {'md': f'{NOTICE}\n\n{prose}\n', 'bib': bibliography, 'html': page}
+    return [
+        write_text(out_dir / 'logs' / f'CITATION.{suffix}', text) for suffix, text in texts.items()
+    ]
+
+
+def parse_bibliography(text: str) -> dict[str, dict[str, str]]:
+    """Return key -> fields of the entries of a BibTeX file, one field per line."""
+    entries = {}
+    for key, body in re.findall(r'@\w+\{(\w+),\n(.*?)\n\}', text, re.DOTALL):
+        fields = re.findall(r'^\s*(\w+) = \{(.*)\},?$', body, re.MULTILINE)
+        entries[key] = {name: re.sub('[{}]', '', value) for name, value in fields}
+    return entries
+
+
+def to_html(prose: str, entries: dict[str, dict[str, str]]) -> str:
+    """Return the prose as a page, citations as author and year, with the list of references.
+
+    Raises
+    ------
+    KeyError
+        If a citation key has no entry.
+    """
+    cited = list(dict.fromkeys(re.findall(r'@(\w+)', prose)))
+
+    def label(key: str) -> tuple[str, str]:
+        authors = entries[key]['author'].split(' and ')
+        family = [name.split(',')[0] for name in authors]
+        if len(family) > 2:
+            return f'{family[0]} et al.', entries[key]['year']
+        return ' and '.join(family), entries[key]['year']
+
+    def in_brackets(match: re.Match[str]) -> str:
+        keys = re.findall(r'@(\w+)', match[0])
+        links = (f'<a href="#{key}">{" ".join(label(key))}</a>' for key in keys)
+        return '(' + '; '.join(links) + ')'
+
+    def in_text(match: re.Match[str]) -> str:
+        name, year = label(match[1])
+        return f'{name} (<a href="#{match[1]}">{year}</a>)'
+
+    text = html.escape(prose)
+    text = re.sub(r'\*(.+?)\*', r'<em>\1</em>', text)
+    text = re.sub('`(.+?)`', r'<code>\1</code>', text)
+    text = re.sub(r'\[@[^]]*\]', in_brackets, text)
+    text = re.sub(r'@(\w+)', in_text, text)
+    paragraphs = '\n'.join(f'<p>{paragraph}</p>' for paragraph in text.split('\n\n'))
+    items = []
+    for key in cited:
+        entry = {name: html.escape(value) for name, value in entries[key].items()}
+        place = entry.get('journal') or entry.get('booktitle', '')
+        doi = (
+            f' <a href="https://doi.org/{entry["doi"]}">{entry["doi"]}</a>'
+            if 'doi' in entry
+            else ''
+        )
+        authors = entry['author'].replace(' and ', '; ')
+        items.append(
+            f'<li id="{key}">{authors} ({entry["year"]}). {entry["title"]}. '
+            f'<em>{place}</em>.{doi}</li>'
+        )
+    references = '\n'.join(items)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<title>How the results were made</title>\n'
+        '<style>body{max-width:45em;margin:2em auto;padding:0 1em;font:1em/1.5 sans-serif}'
+        '</style>\n</head>\n<body>\n'
+        f'<p><small>{NOTICE}</small></p>\n{paragraphs}\n<h2>References</h2>\n'
+        f'<ol>\n{references}\n</ol>\n</body>\n</html>\n'
+    )
