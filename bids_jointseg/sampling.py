@@ -301,3 +301,55 @@ class Windows(torch.utils.data.Dataset[Sample]):
             image = augment.slices(augment.acquire(image, drawn, generator), dense)
             images[modality] = augment.standardise(image, *level, drawn)[None]
         return images
+
+
+class Pairs(torch.utils.data.Dataset[Sample]):
+    """Windows of real scans of all modalities, without labels: for the unlabelled risk.
+
+    Parameters
+    ----------
+    paths
+        Files with one normalised image `(X, Y, Z)` per modality, on the model's grid.
+    window, seed, length
+        Sample `i` depends on `(seed, i)` alone.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        seed: int,
+        length: int,
+        window: tuple[int, int, int] = Settings.thick_window,
+    ) -> None:
+        self.scans = [
+            {name: torch.from_numpy(image).float() for name, image in np.load(path).items()}
+            for path in paths
+        ]
+        self.window, self.seed, self.length = window, seed, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return sample `number`; nothing of it is valid as a label."""
+        rng = np.random.default_rng((self.seed, number))
+        generator = Generator().manual_seed(int(rng.integers(2**62)))
+        scan = self.scans[int(rng.integers(len(self.scans)))]
+        shape = next(iter(scan.values())).shape
+        size = [min(a, b) for a, b in zip(self.window, shape, strict=True)]
+        start = [int(rng.integers(a - b + 1)) for a, b in zip(shape, size, strict=True)]
+        part = tuple(slice(a, a + b) for a, b in zip(start, size, strict=True))
+        mirror = bool(rng.random() < 0.5)
+        images = {}
+        for name, image in scan.items():
+            drawn = augment.draw_intensity(rng)
+            window = image[part].flip(0) if mirror else image[part]
+            noise = drawn.noise * torch.randn(window.shape, generator=generator)
+            window = augment.standardise(window + noise, 0.0, 1.0, drawn)
+            pad = [0] * 6
+            for axis, (wanted, have) in enumerate(zip(self.window, size, strict=True)):
+                pad[2 * (2 - axis) + 1] = wanted - have
+            images[name] = torch.nn.functional.pad(window, pad, value=float(window.min()))[None]
+        blank = torch.zeros(1, *self.window)
+        return Sample(images, blank.expand(len(CLASSES), -1, -1, -1), blank)

@@ -1,0 +1,161 @@
+"""The networks, their files and their use on volumes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from bids_jointseg.card import ModelCard, ModelError, read_card
+from bids_jointseg.inference import _starts, predict
+from bids_jointseg.network import HighResNet, UNet, build, load_model, save_model
+
+SMALL = {
+    'unet': {'name': 'unet', 'channels': [4, 8, 8]},
+    'highresnet': {'name': 'highresnet', 'channels': [2, 4, 4], 'blocks': 1},
+}
+
+
+@pytest.fixture(params=SMALL)
+def network(request):
+    torch.manual_seed(0)
+    return build(SMALL[request.param]).eval()
+
+
+def images(*shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(1, 1, *shape, generator=generator) for name in ('T1w', 'FLAIR')
+    }
+
+
+def test_any_subset_of_modalities_in_any_order(network):
+    both = images(12, 16, 8)
+    with torch.inference_mode():
+        expected = network(both)
+        assert expected.shape == (1, 8, 12, 16, 8)
+        assert torch.equal(network(dict(reversed(both.items()))), expected)
+        for name in both:
+            alone = network({name: both[name]})
+            assert alone.shape == expected.shape
+            assert not torch.equal(alone, expected)
+        with pytest.raises(ValueError, match='at least one modality'):
+            network({})
+
+
+def test_the_mean_of_a_modality_with_itself_is_that_modality(network):
+    network.branches['FLAIR'].load_state_dict(network.branches['T1w'].state_dict())
+    x = images(12, 16, 8)['T1w']
+    with torch.inference_mode():
+        assert torch.allclose(network({'T1w': x, 'FLAIR': x}), network({'T1w': x}), atol=1e-5)
+
+
+def test_the_papers_network_layer_by_layer():
+    network = HighResNet()
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv3d)]
+    # 2 x (1 + 3 x 2) in the branches, (3 + 3) x 2 in the trunk, one to the classes.
+    assert len(convolutions) == 2 * 7 + 12 + 1
+    assert [m.dilation[0] for m in convolutions[14:26]] == [2] * 6 + [4] * 6
+    assert [m.out_channels for m in convolutions[14:]] == [32] * 6 + [64] * 6 + [8]
+    assert sum(p.numel() for p in network.parameters()) == 846216
+
+
+def test_margins_do_not_change_the_default_networks_answer():
+    torch.manual_seed(0)
+    network = UNet(channels=[4, 8, 8]).eval()
+    image = np.random.default_rng(0).normal(size=(48, 48, 32)).astype(np.float32)
+    air = float(image.min())
+    wide = np.full((112, 48, 32), air, np.float32)
+    wide[32:80] = image
+    first = predict(network, {'T1w': image}, device='cpu')
+    second = predict(network, {'T1w': wide}, device='cpu')[:, 32:80]
+    inner = (slice(None), slice(20, 28))
+    assert np.abs(first[inner] - second[inner]).max() < 1e-4
+
+
+def test_windows_cover_a_volume_and_blend():
+    torch.manual_seed(0)
+    network = build(SMALL['unet']).eval()
+    arrays = {name: x[0, 0].numpy() for name, x in images(24, 20, 90).items()}
+    whole = predict(network, arrays, device='cpu')
+    parts = predict(network, arrays, device='cpu', window=(24, 20, 48))
+    assert whole.shape == (8, 24, 20, 90)
+    np.testing.assert_allclose(parts.sum(0), 1, atol=1e-4)
+    # Deep inside a window the answer is the whole volume's.
+    assert np.abs(whole - parts)[..., 4:12].max() < 0.02
+    for size, width in ((10, 10), (90, 48), (200, 64)):
+        covered = np.zeros(size)
+        for start in _starts(size, width):
+            covered[start : start + width] += 1
+        assert covered.min() >= 1
+
+
+def test_a_model_file_gives_the_network_back(network, tmp_path):
+    architecture = SMALL['unet' if isinstance(network, UNet) else 'highresnet']
+    card = ModelCard(name='tiny', version='1', architecture=architecture, licence='CC0-1.0')
+    save_model(network, card, tmp_path)
+    read = read_card(tmp_path / 'tiny.json')
+    assert read.licence == 'CC0-1.0'
+    assert re.fullmatch('[0-9a-f]{64}', read.sha256)
+    loaded = load_model(read)
+    both = images(12, 16, 8)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(both), network(both), atol=2e-2)
+    assert {file.name for file in tmp_path.iterdir()} == {'tiny.json', 'tiny.safetensors'}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    card = ModelCard(name='tiny', version='1', architecture=SMALL['unet'])
+    return save_model(build(SMALL['unet']), card, tmp_path)
+
+
+def test_tampered_weights_are_refused(saved):
+    content = bytearray(saved.weights.read_bytes())
+    content[-1] ^= 1
+    saved.weights.write_bytes(content)
+    with pytest.raises(ModelError, match=r'tiny\.safetensors: .*SHA-256'):
+        load_model(read_card(saved.path))
+
+
+def test_missing_weights_are_named(saved):
+    saved.weights.unlink()
+    with pytest.raises(ModelError, match=r'tiny\.safetensors: cannot read'):
+        load_model(read_card(saved.path))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'classes': ['BG', 'WM']}, 'classes are'),
+        ({'modalities': ['T2w']}, 'modalities are'),
+        ({'surprise': 1}, 'unknown entries'),
+        ({'slice_mm': [3, 1]}, 'positive size'),
+    ],
+)
+def test_cards_of_another_version_are_refused(saved, change, message):
+    record = json.loads(saved.path.read_text()) | change
+    saved.path.write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=rf'tiny\.json: .*{message}'):
+        read_card(saved.path)
+
+
+def test_weights_of_another_architecture_are_refused(saved):
+    record = json.loads(saved.path.read_text())
+    record['architecture']['channels'] = [4, 8, 16]
+    saved.path.write_text(json.dumps(record))
+    with pytest.raises(ModelError, match='do not fit the card'):
+        load_model(read_card(saved.path))
+
+
+def test_unknown_models_and_broken_cards(tmp_path):
+    with pytest.raises(ModelError, match='not in the package'):
+        read_card('no-such-model')
+    broken = tmp_path / 'broken.json'
+    broken.write_text('{')
+    with pytest.raises(ModelError, match=r'broken\.json: the model card is not JSON'):
+        read_card(broken)
+    with pytest.raises(ModelError, match="architecture 'vgg'"):
+        build({'name': 'vgg'})
