@@ -121,7 +121,7 @@ def run(
     streams = [_stream(data, first, settings.steps, workers) for data in labelled]
     pairs = None
     if unlabelled is not None:
-        done = max(0, first - settings.consistency_from) // settings.consistency_every
+        done = -(-max(0, first - settings.consistency_from) // settings.consistency_every)
         pairs = _stream(unlabelled, done, settings.steps, workers)
     started, recent = time.monotonic(), []
     for step in range(first, settings.steps):
@@ -138,9 +138,9 @@ def run(
             )
             loss.backward()
             values.append(float(loss.detach()))
-        due = (step - settings.consistency_from) % settings.consistency_every == 0
-        if pairs is not None and step >= settings.consistency_from and due:
-            loss = _agreement(network, _to(next(pairs), device), step)
+        turn, rest = divmod(step - settings.consistency_from, settings.consistency_every)
+        if pairs is not None and turn >= 0 and rest == 0:
+            loss = _agreement(network, _to(next(pairs), device), turn)
             loss.backward()
             values.append(float(loss.detach()))
         else:
@@ -209,7 +209,7 @@ def _to(sample: Sample, device: str) -> Sample:
     )
 
 
-def _agreement(network: nn.Module, sample: Sample, step: int) -> Tensor:
+def _agreement(network: nn.Module, sample: Sample, turn: int) -> Tensor:
     """Return the unlabelled term between all modalities and one of them, by turns."""
     names = sorted(sample.images)
     everything = probabilities(network, sample.images)
