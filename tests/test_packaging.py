@@ -1,11 +1,15 @@
 """The wheel holds both folders, whole, and runs where nothing else of the project is."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,23 @@ def test_wheel_holds_every_file(wheel):
     assert content == expected
     assert {'LICENSE', 'LICENSE-weights.md', 'entry_points.txt'} <= metadata
     assert wheel.name.startswith(f'bids_jointseg-{bids_jointseg.__version__}-')
+
+
+def test_what_is_imported_is_declared():
+    """Another package's dependency may go away with its next release."""
+    pyproject = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    lines = pyproject['project']['dependencies']
+    declared = {re.match(r'[\w.-]+', line)[0].lower() for line in lines}
+    imported = set()
+    for path in [*ROOT.glob('bids_jointseg/**/*.py'), *ROOT.glob('workflows/**/*.py')]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split('.')[0])
+    provided_by = packages_distributions()
+    for name in imported - sys.stdlib_module_names - {'bids_jointseg'}:
+        assert {found.lower() for found in provided_by[name]} & declared, name
 
 
 @pytest.mark.slow
