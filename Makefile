@@ -9,7 +9,6 @@ DEMO ?= demo
 PYTEST ?=
 
 SHELL := /bin/bash
-export OMP_NUM_THREADS ?= 2
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: demo test lint clean

@@ -121,7 +121,7 @@ ACQUISITIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the dataset, run participant and group on it, say where the reports are.
 
-    Returns the worst exit code of the two runs.
+    Returns the exit code of the last run; group does not follow a participant run that failed.
     """
     parser = argparse.ArgumentParser(
         prog='jointseg-demo',
@@ -143,14 +143,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from bids_jointseg import cli
 
-    code = 0
-    for level, more in (('participant', ['-w', str(out_dir / 'work')]), ('group', [])):
-        command = [str(bids_dir), str(derivatives), level, *more, *rest]
+    for level in ('participant', 'group'):
+        command = [str(bids_dir), str(derivatives), level, '-w', str(out_dir / 'work'), *rest]
         LOGGER.info('jointseg %s', ' '.join(command))
-        code = max(code, cli.main(command) or 0)
+        if code := cli.main(command):
+            return int(code)
+    LOGGER.info('Reports:')
     for report in sorted(derivatives.glob('*.html')):
         sys.stdout.write(f'{report}\n')
-    return code
+    return 0
 
 
 def make_dataset(bids_dir: Path, truth_dir: Path, *, seed: int = 0) -> None:
