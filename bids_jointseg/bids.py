@@ -42,6 +42,16 @@ QUERIES = {
 OURS = ('space', 'res', 'den', 'seg', 'label', 'desc')
 # What the standard has no name for; a folder is named without a slash.
 BIDSIGNORE = '*_morph.*\n*_xfm.*\ngroup_*\n*.html\nlogs\nlog\nfigures\n'
+README = """\
+# Joint segmentation of brain tissue and white-matter lesions
+
+Made by bids_jointseg. Every scan has its results beside its own name, on its own grid:
+`_seg-jointseg_dseg` holds the labels (named in `seg-jointseg_dseg.tsv`), `_label-L_mask` the
+lesions, `_seg-jointseg_morph` the volumes, `_desc-lesions_morph` one row per lesion. Start with
+`sub-*.html`, and with `group.html` for the cohort. `logs/CITATION.md` describes the method.
+
+These results are for research; they are not a diagnosis.
+"""
 
 
 class BidsError(ValueError):
@@ -423,23 +433,34 @@ def expected(scan: Scan, level: str) -> tuple[str, ...]:
     )
 
 
+DESCRIPTIONS = {
+    'desc-brain_mask': 'Brain: the six tissues and the lesions together',
+    'label-L_mask': 'White-matter lesions',
+    'seg-jointseg_dseg': 'Most probable class of each voxel; values are in seg-jointseg_dseg.tsv',
+    'seg-jointseg_desc-entropy_probseg': (
+        'Uncertainty: entropy of the class probabilities, -sum(p log p) / log(8); '
+        '0 is certain, 1 is all eight classes alike'
+    ),
+    'desc-preproc_T1w': 'T1w as it was segmented, on its own grid, original intensities',
+    'desc-preproc_FLAIR': 'FLAIR as it was segmented, original intensities',
+} | {
+    f'seg-jointseg_label-{label.abbreviation}_probseg': f'Probability of: {label.name}'
+    for label in LABELS[1:]
+}
+
+
 def sidecar(scan: Scan, suffix: str, bids_dir: Path) -> dict[str, Any]:
     """Return the metadata of an image: what it was made from, and what the standard asks for."""
+    space, name = re.fullmatch(r'(?:space-(T1w|FLAIR)_)?(.*?)(?:\..*)?', suffix).groups()  # type: ignore[union-attr]
+    target = {'T1w': scan.t1w, 'FLAIR': scan.flair}.get(space) or scan.reference
     sources = [path for path in (scan.t1w, scan.flair) if path is not None]
-    record: dict[str, Any] = {'Sources': [raw_uri(path, bids_dir) for path in sources]}
-    space = re.search('space-(T1w|FLAIR)_', suffix)
-    if space:
-        target = scan.t1w if space[1] == 'T1w' else scan.flair
-        record['SpatialReference'] = raw_uri(target or scan.reference, bids_dir)
-    if 'desc-brain_mask' in suffix:
-        record['Type'] = 'Brain'
-    elif 'label-L_mask' in suffix:
-        record['Type'] = 'Lesion'
-    elif 'entropy' in suffix:
-        record['Description'] = (
-            'Entropy of the class probabilities, -sum(p log p) / log(8): '
-            '0 is certain, 1 is all eight classes alike'
-        )
+    record: dict[str, Any] = {
+        'Description': DESCRIPTIONS[name],
+        'Sources': [raw_uri(path, bids_dir) for path in sources],
+        'SpatialReference': raw_uri(target, bids_dir),
+    }
+    if name.endswith('_mask'):
+        record['Type'] = 'Brain' if name.startswith('desc-brain') else 'Lesion'
     return record
 
 
@@ -485,7 +506,7 @@ def write_tables(
     configuration
         What decided the result beside the scans.
     """
-    sources = sidecar(scan, '', bids_dir)['Sources']
+    sources = [raw_uri(path, bids_dir) for path in (scan.t1w, scan.flair) if path is not None]
     table = derivative(out_dir, scan, 'desc-lesions_morph.json')
     rows = [
         {
@@ -573,6 +594,7 @@ def create_dataset(settings: Settings, card: ModelCard) -> None:
             )
     write_json(target, record)
     write_text(out_dir / '.bidsignore', BIDSIGNORE)
+    write_text(out_dir / 'README.md', README)
     write_table(
         out_dir / 'seg-jointseg_dseg.tsv',
         ('index', 'name', 'abbreviation', 'color', 'mapping'),

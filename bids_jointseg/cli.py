@@ -10,8 +10,11 @@ import argparse
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
+import time
+import tomllib
 import traceback
 from enum import IntEnum
 from pathlib import Path
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bids_jointseg.bids import Scan, Skipped
+    from bids_jointseg.card import ModelCard
 
 LOGGER = logging.getLogger('bids_jointseg')
 
@@ -43,12 +47,6 @@ class Exit(IntEnum):
     REPORT_FAILED = 3
     NO_DATA = 65
     INTERNAL = 70
-
-    @classmethod
-    def worst(cls, *codes: Exit) -> Exit:
-        """Return the code that tells most where several apply."""
-        order = (cls.INTERNAL, cls.NO_DATA, cls.SCANS_FAILED, cls.REPORT_FAILED)
-        return next((code for code in order if code in codes), cls.DONE)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -264,7 +262,7 @@ def check_folders(settings: Settings) -> None:
         work = settings.work_dir.resolve()
         if work.is_relative_to(source):
             raise SettingsError(f'{settings.work_dir} is inside the input: choose another -w')
-        for folder in (out_dir, settings.work_dir):
+        for folder in (out_dir, settings.work_dir)[: 1 if settings.reports_only else 2]:
             _check_writable(folder)
 
 
@@ -339,16 +337,165 @@ def _stop(code: Exit, message: object) -> int:
 
 def _participant(settings: Settings) -> int:
     from bids_jointseg import bids
+    from bids_jointseg.card import read_card
+
+    if settings.reports_only:
+        card = read_card(settings.model)
+        subjects = finished_subjects(settings)
+        if not subjects:
+            raise bids.DataError(f'{settings.output_dir}: no results to report: run it first')
+        return write_reports(settings, card, subjects)
 
     scans, skipped = bids.plan(settings)
     if settings.dry_run:
         sys.stdout.write(pairing_table(scans, skipped, settings.bids_dir))
         return Exit.DONE
-    raise NotImplementedError
+    card = read_card(settings.model)
+    plugin = read_plugin(settings)
+    _prepare_environment(settings)
+    bids.create_dataset(settings, card)
+    for item in skipped:
+        level = logging.WARNING if item.failed else logging.DEBUG
+        LOGGER.log(level, '%s: %s', item.path.name, item.reason)
+    for scan in scans:
+        for note in scan.notes:
+            LOGGER.info('%s: %s', scan.stem, note)
+    if not (settings.skip_bids_validation or settings.boilerplate_only):
+        _warn_of_validation(settings)
+    LOGGER.info('model %s %s, licence of the weights: %s', card.name, card.version, card.licence)
+
+    # Nipype is imported here, after what it reads of the environment has been set.
+    from bids_jointseg.citation import write_citation
+    from bids_jointseg.workflows import participant
+
+    workflow = participant.init_participant_wf(scans=scans, settings=settings, card=card)
+    write_citation(settings.output_dir, workflow.__desc__)
+    if settings.boilerplate_only:
+        return Exit.DONE
+    if settings.clean_workdir:
+        for folder in settings.work_dir.glob('jointseg-*'):
+            shutil.rmtree(folder, ignore_errors=True)
+    begun = time.monotonic()
+    failures = participant.run(workflow, scans, settings, *plugin)
+    subjects = tuple(dict.fromkeys(scan.subject for scan in scans))
+    code = write_reports(settings, card, finished_subjects(settings, subjects))
+
+    rows = [(item.scan, item.stage, item.reason) for item in failures]
+    rows += [(item.path.name, 'plan', item.reason) for item in skipped if item.failed]
+    if rows:
+        sys.stdout.write(_align([('failed', 'at', 'why'), *rows]))
+    if failures:
+        sys.stdout.write(f'details: {settings.output_dir}/sub-*/log/{settings.run_id}\n')
+    incomplete = {scan for scan, stage, _ in rows if stage != 'figures'}
+    LOGGER.info(
+        '%d of %d scans complete in %.0f s: %s',
+        sum(scan.stem not in incomplete for scan in scans),
+        len(scans),
+        time.monotonic() - begun,
+        settings.output_dir,
+    )
+    if incomplete:
+        return Exit.SCANS_FAILED
+    return Exit.REPORT_FAILED if rows else code
+
+
+def finished_subjects(settings: Settings, chosen: Sequence[str] = ()) -> list[str]:
+    """Return the participants who have complete results, of those that were chosen."""
+    labels = chosen or settings.participant_label
+    found = {
+        path.relative_to(settings.output_dir).parts[0].removeprefix('sub-')
+        for path in settings.output_dir.glob('sub-*/**/anat/*_seg-jointseg_morph.json')
+    }
+    return sorted(label for label in found if not labels or label in labels)
+
+
+def write_reports(settings: Settings, card: ModelCard, subjects: Sequence[str]) -> Exit:
+    """Write the reports of some participants from what is in the output folder."""
+    from bids_jointseg.reports import subject_report
+
+    provenance = {
+        'bids_jointseg': __version__,
+        'Model': f'{card.name} {card.version}',
+        'Weights (SHA-256)': card.sha256,
+        'Licence of the weights': card.licence,
+        'Input': str(settings.bids_dir),
+    }
+    code = Exit.DONE
+    for subject in subjects:
+        try:
+            path = subject_report(settings.output_dir, subject, provenance=provenance)
+        except Exception as error:  # results are complete; only the page about them is missing
+            LOGGER.error('sub-%s: the report failed (%r)', subject, error)
+            LOGGER.debug('', exc_info=True)
+            code = Exit.REPORT_FAILED
+        else:
+            LOGGER.info('report %s', path)
+    return code
 
 
 def _group(settings: Settings) -> int:
-    raise NotImplementedError
+    from bids_jointseg.workflows.group import gather
+
+    for path in gather(settings.output_dir):
+        LOGGER.info('wrote %s', path)
+    return Exit.DONE
+
+
+def read_plugin(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Return the name of Nipype's plugin and its arguments.
+
+    Raises
+    ------
+    SettingsError
+        If the plugin file cannot be read.
+    """
+    arguments: dict[str, Any] = {
+        'n_procs': settings.nprocs,
+        'n_gpu_procs': settings.n_gpu_procs,
+        'raise_insufficient': False,
+        'mp_context': 'forkserver',
+    }
+    if settings.mem is not None:
+        arguments['memory_gb'] = settings.mem
+    path = settings.use_plugin
+    if path is None:
+        return 'MultiProc', arguments
+    try:
+        text = path.read_text(encoding='utf-8')
+        if path.suffix == '.toml':
+            record = tomllib.loads(text)
+        else:
+            import yaml
+
+            record = yaml.safe_load(text)
+        name, more = str(record['plugin']), dict(record.get('plugin_args') or {})
+    except OSError as error:
+        raise SettingsError(f'{path}: cannot be read ({error.strerror})') from error
+    except Exception as error:  # the parsers have exceptions of their own
+        raise SettingsError(
+            f'{path}: not a plugin file ({" ".join(str(error).split())})'
+        ) from error
+    return name, arguments | more if name == 'MultiProc' else more
+
+
+def _prepare_environment(settings: Settings) -> None:
+    """Set what libraries read when they are imported, here and in worker processes."""
+    os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
+    os.environ.setdefault('OMP_NUM_THREADS', str(min(settings.omp_nthreads, settings.nprocs)))
+    os.environ.setdefault('MPLBACKEND', 'Agg')
+    home = Path(os.environ.get('HOME', '/'))
+    if not os.access(home, os.W_OK):  # a container that runs as any user
+        os.environ.setdefault('MPLCONFIGDIR', str(settings.work_dir / '.matplotlib'))
+
+
+def _warn_of_validation(settings: Settings) -> None:
+    from bids_jointseg.bids import validation_errors
+
+    errors = validation_errors(settings)
+    for error in errors[:3]:
+        LOGGER.warning('bids-validator: %s', error)
+    if len(errors) > 3:
+        LOGGER.warning('bids-validator: and %d more; going on all the same', len(errors) - 3)
 
 
 if __name__ == '__main__':

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from nipype.pipeline.engine import Workflow
 
-    from bids_jointseg.config import Settings
-
 LOGGER = logging.getLogger('bids_jointseg')
 
 KILLED = (
@@ -37,11 +35,12 @@ KILLED = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A node that failed: its full name, one line that says why, and where the details are."""
+    """A stage of a scan that failed, one line that says why, and where the details are."""
 
-    node: str
+    scan: str
+    stage: str
     reason: str
-    details: Path | None
+    details: Path
 
 
 class SurvivingMultiProc(MultiProcPlugin):
@@ -124,12 +123,14 @@ class Progress:
         Name of a scan's workflow -> what to call the scan.
     stages
         Name of a node -> what to say when it is done.
+    total
+        Number of stages of all scans.
     """
 
-    def __init__(self, scans: Mapping[str, str], stages: Mapping[str, str]) -> None:
-        self.scans, self.stages = scans, stages
-        self.total = len(scans) * len(stages)
+    def __init__(self, scans: Mapping[str, str], stages: Mapping[str, str], *, total: int) -> None:
+        self.scans, self.stages, self.total = scans, stages, total
         self.done = 0
+        self.kept = 0
         self.started: dict[str, float] = {}
         self.failed: set[str] = set()
 
@@ -141,24 +142,29 @@ class Progress:
             self.started[node.fullname] = time.monotonic()
         elif status == 'exception':
             self.failed.add(scan)
-            LOGGER.error('%s  failed: %s', name, self.stages.get(stage, stage))
+            LOGGER.error('%s  failed (%s)', name, stage)
         elif scan not in self.failed and stage in self.stages:
             self.done += 1
             begun = self.started.get(node.fullname)
-            how = 'kept from before' if begun is None else f'{time.monotonic() - begun:.1f} s'
+            self.kept += begun is None
             counter = f'[{self.done:{len(str(self.total))}d}/{self.total}]'
-            LOGGER.info('%s %s  %s (%s)', counter, name, self.stages[stage], how)
+            if begun is None:
+                LOGGER.debug('%s %s  %s (kept)', counter, name, self.stages[stage])
+            else:
+                seconds = time.monotonic() - begun
+                LOGGER.info('%s %s  %s (%.1f s)', counter, name, self.stages[stage], seconds)
 
 
 def run(
     workflow: Workflow,
-    settings: Settings,
     *,
     plugin: str,
     plugin_args: Mapping[str, Any],
     log_file: Path,
     crash_folders: Iterable[Path],
     progress: Progress,
+    verbose: int = 0,
+    monitor: bool = False,
 ) -> list[Failure]:
     """Run a workflow to its end, whatever fails on the way.
 
@@ -166,8 +172,6 @@ def run(
     ----------
     workflow
         What to run.
-    settings
-        Of the run.
     plugin, plugin_args
         Nipype's; ``MultiProc`` gets workers that are quiet and may die.
     log_file
@@ -175,19 +179,22 @@ def run(
     crash_folders
         Where the workflow's nodes leave their crash reports.
     progress
-        Told when a node starts and ends.
+        Told when a node starts and ends; knows what the scans are called.
+    verbose
+        Above 1, Nipype's messages go to the console as well.
+    monitor
+        Log the memory and time of every node.
 
     Returns
     -------
     list[Failure]
         What failed; empty if all is done.
     """
-    monitor = settings.resource_monitor
-    configure_nipype(log_file, settings.verbose, monitor)
+    configure_nipype(log_file, verbose, monitor)
     arguments = dict(plugin_args) | {'status_callback': progress}
     runner: Any = plugin
     if plugin == 'MultiProc':
-        initargs = (os.getcwd(), str(log_file), settings.verbose, monitor)
+        initargs = (os.getcwd(), str(log_file), verbose, monitor)
         runner = SurvivingMultiProc(arguments, initargs)
     error: Exception | None = None
     try:
@@ -197,29 +204,35 @@ def run(
     finally:
         if plugin == 'MultiProc':
             runner.close()
-    reports = (path for folder in crash_folders for path in sorted(folder.glob('crash-*.txt')))
-    failures = [read_crash(path) for path in reports]
-    if error is not None and not failures:
+    if progress.kept:
+        LOGGER.info('%d of %d stages kept from before', progress.kept, progress.total)
+    reports = [path for folder in crash_folders for path in sorted(folder.glob('crash-*.txt'))]
+    if error is not None and not reports:
         raise error
-    return failures
+    return [read_crash(path, progress.scans) for path in reports]
 
 
-def read_crash(path: Path) -> Failure:
-    """Return what a crash report says, in one line."""
+def read_crash(path: Path, scans: Mapping[str, str]) -> Failure:
+    """Return what a crash report says, in one line.
+
+    Parameters
+    ----------
+    path
+        Nipype's report, as text.
+    scans
+        Name of a scan's workflow -> what to call the scan.
+    """
     text = path.read_text(encoding='utf-8', errors='replace')
-    node = re.search(r'^Node: (.*)$', text, re.MULTILINE)
-    reason = 'see the details'
+    *_, scan, stage = ('', '', *text.partition('\n')[0].removeprefix('Node: ').split('.'))
+    # The last exception of the traceback; ours say all in one line.
+    found = re.findall(r'^\s*(?:\w+\.)*(\w*(?:Error|Exception|Exit))(?:: (.*))?$', text, re.M)
+    kind, message = found[-1] if found else ('', 'see the details')
     if KILLED in text:
         reason = KILLED
-    # The last exception of the traceback; ours say all in one line.
-    found = re.findall(
-        r'^\s*(?:\w+\.)*(\w*(?:Error|Exception|Interrupt|Exit)): (.*)$', text, re.MULTILINE
-    )
-    if found:
-        kind, message = found[-1]
-        reason = (
-            message if kind in ('ImageError', 'ModelError', 'BidsError') else f'{kind}: {message}'
-        )
-        if 'MemoryError' in kind:
-            reason += ' (give more memory, a smaller --nprocs, or --fast)'
-    return Failure(node[1].strip() if node else path.stem, reason, path)
+    elif kind in ('ImageError', 'ModelError', 'BidsError', ''):
+        reason = message
+    else:
+        reason = f'{kind}: {message}'
+    if 'MemoryError' in kind:
+        reason += ' (give more memory, a smaller --nprocs, or --fast)'
+    return Failure(scans.get(scan, scan), stage, reason, path)

@@ -15,8 +15,9 @@ import os
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bids_jointseg.workflows import execution
 from nipype import config as nipype_config
 from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node, Workflow
@@ -106,7 +107,7 @@ def init_participant_wf(
         'create_report': 'false',
         'hash_method': 'content',
         'parameterize_dirs': 'false',
-        'poll_sleep_duration': '0.1',
+        'poll_sleep_duration': '0.25',
         # The set of connected outputs must not change what a node's hash is.
         'remove_unnecessary_outputs': 'false',
         'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
@@ -306,6 +307,49 @@ def init_scan_wf(
             (register, outputnode, [('transform', 'transform')]),
         ])  # fmt: skip
     return workflow
+
+
+def run(
+    workflow: Workflow,
+    scans: Sequence[Scan],
+    settings: Settings,
+    plugin: str,
+    plugin_args: Mapping[str, Any],
+) -> list[execution.Failure]:
+    """Run the workflow of :func:`init_participant_wf` to its end, whatever fails on the way.
+
+    Parameters
+    ----------
+    workflow, scans, settings
+        The workflow and what it was made from.
+    plugin, plugin_args
+        Nipype's.
+
+    Returns
+    -------
+    list[Failure]
+        What failed, in the order of the scans.
+    """
+    names = {workflow_name(scan): scan.stem for scan in scans}
+    logs = list(dict.fromkeys(log_folder(settings, scan.subject) for scan in scans))
+    for folder in logs:
+        bids.write_text(folder / 'config.toml', settings.to_toml())
+    base = Path(workflow.base_dir)
+    base.mkdir(parents=True, exist_ok=True)
+    if settings.write_graph:
+        workflow.write_graph(graph2use='colored', format='svg', simple_form=True)
+    alone = sum(scan.t1w is None or scan.flair is None for scan in scans)
+    failures = execution.run(
+        workflow,
+        plugin=plugin,
+        plugin_args=plugin_args,
+        log_file=base / 'nipype.log',
+        crash_folders=logs,
+        progress=execution.Progress(names, STAGES, total=len(STAGES) * len(scans) - alone),
+        verbose=settings.verbose,
+        monitor=settings.resource_monitor,
+    )
+    return sorted(failures, key=lambda failure: failure.scan)
 
 
 def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed: int) -> dict:
