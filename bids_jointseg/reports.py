@@ -1,0 +1,1143 @@
+"""Reports: what a person looks at before trusting a number.
+
+:func:`draw_scan` cuts one scan into mosaics, :func:`subject_report` binds the figures and tables
+of one person into a page, :func:`group_tables` and :func:`group_report` do the same for a cohort.
+A page is one file: it needs no network and no script, it prints, and the same results give the
+same bytes.
+
+Every array is turned to RAS by its affine before it is cut, so a figure looks the same whatever
+the native axes are. The left of an axial or coronal slice is the patient's left (neurological
+convention), and every figure says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import logging
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import nibabel as nib
+import numpy as np
+from markupsafe import Markup, escape
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from bids_jointseg import __version__
+from bids_jointseg.bids import (
+    DataError,
+    entities,
+    write_bytes,
+    write_json,
+    write_table,
+    write_text,
+)
+from bids_jointseg.image import Grid, Volume, foreground
+from bids_jointseg.labels import LABELS, Label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+LOGGER = logging.getLogger('bids_jointseg')
+
+CLASSES = LABELS[1:]
+CHANNEL = {label.abbreviation: channel for channel, label in enumerate(LABELS)}
+LESION = LABELS[CHANNEL['L']]
+
+# ------------------------------------------------------------------------------------- figures
+
+FIGURES = (
+    ('scan', 'T1w'),
+    ('contours', 'T1w'),
+    ('labels', 'T1w'),
+    ('scan', 'FLAIR'),
+    ('lesions', 'FLAIR'),
+    ('labels', 'FLAIR'),
+    ('closeup', 'T1w'),
+    ('closeup', 'FLAIR'),
+    ('registrationfixed', 'T1w'),
+    ('registrationbefore', 'FLAIR'),
+    ('registrationafter', 'FLAIR'),
+    ('entropy', 'probseg'),
+)
+"""What is drawn, as the ``desc`` entity and the suffix of its file."""
+
+WIDTH = 1200  # pixels of every figure: the width of a 1280-pixel page, 170 dpi on paper
+GAP = 4  # pixels between two slices
+MARGIN_MM = 8.0  # shown around the brain
+PLANES = ('sagittal', 'coronal', 'axial')  # the plane of a slice across RAS axis 0, 1, 2
+COLUMNS = (4, 5, 5)  # slices in one row of each plane: brains are longer than they are wide
+EDGES = (('P', 'A'), ('L', 'R'), ('L', 'R'))  # what lies left and right of a slice
+UNCERTAIN = 0.5  # normalised entropy that gets the last colour; two even classes give 1/3
+CONVENTION = 'Neurological: the left of axial and coronal slices is the left of the patient.'
+# Black, purple, orange, pale yellow: lightness rises evenly, in gray scale too (after inferno).
+HEAT = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]) / 255
+LINE = '#56b4e9'
+
+Tag = tuple[int, int, str]
+"""Column, row and text of a word in a picture."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One slice of a mosaic.
+
+    Attributes
+    ----------
+    axis, index
+        The RAS axis that the slice crosses, and where.
+    corner_mm
+        Smallest coordinates shown, of the two other axes (left, then bottom), from the centre
+        of the first voxel.
+    origin, size
+        Row and column of the upper left pixel; rows and columns of pixels.
+    """
+
+    axis: int
+    index: int
+    corner_mm: tuple[float, float]
+    origin: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Rows and columns in the picture."""
+        (row, column), (height, width) = self.origin, self.size
+        return slice(row, row + height), slice(column, column + width)
+
+
+@dataclass(frozen=True, eq=False)
+class Mosaic:
+    """Where the slices of one picture lie; arrays cut by the same mosaic match pixel by pixel.
+
+    Attributes
+    ----------
+    grid
+        Grid of the arrays to be cut, axes in RAS order (see :func:`upright`).
+    tiles
+        The slices.
+    shape
+        Rows and columns of the picture, in pixels.
+    scale
+        Pixels per mm, the same along every axis.
+    """
+
+    grid: Grid
+    tiles: tuple[Tile, ...]
+    shape: tuple[int, int]
+    scale: float
+
+    def cut(self, array: NDArray[Any], *, kernel: str = 'cubic') -> NDArray[np.float32]:
+        """Return the picture of one array.
+
+        Parameters
+        ----------
+        array
+            Values on the grid, `(X, Y, Z)`.
+        kernel
+            ``'cubic'`` for intensities, ``'linear'`` where overshoot would be wrong.
+
+        Returns
+        -------
+        NDArray[np.float32]
+            `(rows, columns)`; 0 between the slices and outside of the array.
+        """
+        canvas = np.zeros(self.shape, np.float32)
+        for tile in self.tiles:
+            canvas[tile.place] = self._project(tile, _slice(array, tile), kernel)
+        return canvas
+
+    def memberships(self, labels: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Return how much of each pixel is of each class, `(classes, rows, columns)`, 0 to 1.
+
+        Labels are never interpolated: the indicator of each class is.
+        """
+        canvas = np.zeros((len(LABELS), *self.shape), np.float32)
+        for tile in self.tiles:
+            section = _slice(labels, tile)
+            for channel, label in enumerate(LABELS):
+                if channel and (section == label.index).any():
+                    canvas[channel][tile.place] = self._project(
+                        tile, section == label.index, 'linear'
+                    )
+        canvas[0] = 1 - canvas.sum(axis=0)
+        return canvas
+
+    def position_mm(self, tile: Tile) -> float:
+        """Return where a slice's centre lies along its axis, in scanner RAS mm."""
+        half_mm = np.array(tile.size[::-1]) / self.scale / 2
+        voxel = np.zeros(3)
+        voxel[list(_others(tile.axis))] = tile.corner_mm + half_mm
+        voxel /= self.grid.spacing_mm
+        voxel[tile.axis] = tile.index
+        return float(self.grid.affine[tile.axis] @ (*voxel, 1))
+
+    def _project(self, tile: Tile, section: NDArray[Any], kernel: str) -> NDArray[np.float32]:
+        """Interpolate separably: weights of the rows, times the slice, times the columns'."""
+        across, down = (
+            _weights(
+                (corner + (np.arange(pixels) + 0.5) / self.scale) / self.grid.spacing_mm[axis],
+                voxels,
+                1 / (self.scale * self.grid.spacing_mm[axis]),
+                kernel,
+            )
+            for corner, pixels, voxels, axis in zip(
+                tile.corner_mm, tile.size[::-1], section.shape, _others(tile.axis), strict=True
+            )
+        )
+        values = np.nan_to_num(section.astype(np.float32))
+        return np.asarray((across @ values @ down.T).T[::-1])  # superior, or anterior, is up
+
+
+def _slice(array: NDArray[Any], tile: Tile) -> NDArray[Any]:
+    return np.moveaxis(array, tile.axis, 0)[tile.index]  # a view, which `take` would not be
+
+
+def _weights(
+    centres: NDArray[np.floating], voxels: int, pixel: float, kernel: str
+) -> NDArray[np.float32]:
+    """Return the `(pixels, voxels)` weights of one axis; all 0 for a pixel outside the array.
+
+    `centres` and `pixel`, the pixels' centres and size, are in voxels.
+    """
+    distance = np.abs(centres[:, None] - np.arange(voxels)) / max(1.0, pixel)
+    if kernel == 'linear':
+        weights = np.clip(1 - distance, 0, None)
+    else:  # Catmull and Rom
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    inside = (centres > -0.5) & (centres < voxels - 0.5)
+    total = np.where(inside, weights.sum(axis=1), np.inf)
+    return np.asarray(weights / total[:, None], dtype=np.float32)
+
+
+def draw_scan(
+    figures: Path,
+    stem: str,
+    *,
+    t1w: Volume | None = None,
+    flair: Volume | None = None,
+    t1w_labels: NDArray[np.integer] | None = None,
+    flair_labels: NDArray[np.integer] | None = None,
+    flair_on_t1w: NDArray[np.floating] | None = None,
+    flair_on_t1w_before: NDArray[np.floating] | None = None,
+    entropy: NDArray[np.floating] | None = None,
+) -> list[Path]:
+    """Draw the figures of one scan.
+
+    Parameters
+    ----------
+    figures
+        Folder of the PNG files; made if absent.
+    stem
+        Start of the files' names.
+    t1w, flair
+        The scans, each on its own grid; at least one.
+    t1w_labels, flair_labels
+        Label maps on the grids of `t1w` and `flair`.
+    flair_on_t1w, flair_on_t1w_before
+        The FLAIR on the T1w's grid, registered, and by the headers alone.
+    entropy
+        Normalised entropy (0 certain, 1 all classes even) on the grid of the reference scan:
+        the T1w if there is one.
+
+    Returns
+    -------
+    list[Path]
+        ``<stem>_desc-<what>_<suffix>.png`` in the order of :data:`FIGURES`.
+
+    Raises
+    ------
+    ValueError
+        If there is no scan, or an array has another shape than its scan.
+    """
+    if t1w is None and flair is None:
+        raise ValueError(f'{stem}: nothing to draw: give a T1w or a FLAIR')
+
+    def turn(name: str, array: NDArray[Any] | None, scan: Volume | None) -> NDArray[Any] | None:
+        if array is None:
+            return None
+        if scan is None or array.shape != scan.data.shape:
+            raise ValueError(f'{stem}: {name} does not have the shape of its scan')
+        return upright(array, scan.grid)[0]
+
+    t1w_labels = turn('t1w_labels', t1w_labels, t1w)
+    flair_labels = turn('flair_labels', flair_labels, flair)
+    after = turn('flair_on_t1w', flair_on_t1w, t1w)
+    before = turn('flair_on_t1w_before', flair_on_t1w_before, t1w)
+    entropy = turn('entropy', entropy, t1w or flair)
+    t1w = t1w and Volume(*upright(t1w.data, t1w.grid))
+    flair = flair and Volume(*upright(flair.data, flair.grid))
+
+    pictures: dict[tuple[str, str], NDArray[np.uint8]] = {}
+    for suffix, scan, labels in (('T1w', t1w, t1w_labels), ('FLAIR', flair, flair_labels)):
+        if scan is None:
+            continue
+        lesional = scan is flair or flair is None  # where lesions are seen best
+        mosaic = plan_mosaic(scan, labels, follow_lesions=lesional)
+        bare = mosaic.cut(_window(scan.data, labels))
+        pictures['scan', suffix] = _finish(mosaic, _gray(bare))
+        if labels is not None:
+            soft = mosaic.memberships(labels)
+            what, shown = ('contours', CLASSES) if scan is t1w else ('lesions', (LESION,))
+            pictures[what, suffix] = _finish(mosaic, _outlined(bare, soft, shown), shown)
+            pictures['labels', suffix] = _finish(mosaic, *_filled(mosaic, bare, soft))
+            if lesional and (labels == LESION.index).any():
+                pictures['closeup', suffix] = _closeup(scan, labels)
+        if entropy is not None and scan is (t1w or flair):
+            heat = np.clip(mosaic.cut(entropy, kernel='linear') / UNCERTAIN, 0, 1)
+            opacity = np.clip(6 * heat, 0, 0.9)[..., None]
+            canvas = 0.8 * _gray(bare) * (1 - opacity) + _heat(heat) * opacity
+            pictures['entropy', 'probseg'] = _finish(mosaic, canvas, heat=True)
+    if t1w is not None and after is not None:
+        pictures |= _registration(t1w, t1w_labels, after, before)
+
+    figures.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for what, suffix in FIGURES:
+        if (what, suffix) in pictures:
+            paths.append(figures / f'{stem}_desc-{what}_{suffix}.png')
+            write_bytes(paths[-1], _png(pictures[what, suffix]))
+    LOGGER.debug('Drew %d figures of %s', len(paths), stem)
+    return paths
+
+
+def upright(array: NDArray[Any], grid: Grid) -> tuple[NDArray[Any], Grid]:
+    """Return a view of an array, and its grid, with the axes closest to R, A, S in this order."""
+    turn = nib.orientations.io_orientation(grid.affine)
+    affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
+    turned = nib.orientations.apply_orientation(array, turn)
+    return turned, Grid(turned.shape, affine)
+
+
+def plan_mosaic(
+    volume: Volume,
+    labels: NDArray[np.integer] | None,
+    *,
+    rows: int = 2,
+    follow_lesions: bool = False,
+) -> Mosaic:
+    """Choose slices in three planes and lay them out.
+
+    Parameters
+    ----------
+    volume
+        The scan, upright; its foreground says where the brain is if the labels do not.
+    labels
+        Label map on the scan's grid.
+    rows
+        Rows of slices in the plane in which the scan was acquired; the other planes get one.
+    follow_lesions
+        Take the slices with the most lesion first.
+
+    Returns
+    -------
+    Mosaic
+        The plane of acquisition comes first.
+    """
+    grid = volume.grid
+    brain = labels > 0 if labels is not None and labels.any() else None
+    if brain is None:
+        brain = volume.data > foreground(volume.data)
+    areas = [brain.sum(axis=_others(axis)) for axis in range(3)]
+    weights = [None, None, None]
+    if follow_lesions and labels is not None:
+        weights = [(labels == LESION.index).sum(axis=_others(axis)) for axis in range(3)]
+    ends = [np.flatnonzero(area)[[0, -1]] if area.any() else (0, len(area) - 1) for area in areas]
+    low, high = np.array(ends).T * grid.spacing_mm
+    low, size = low - MARGIN_MM, high - low + 2 * MARGIN_MM
+
+    pitches = [(WIDTH - GAP) / columns for columns in COLUMNS]
+    scale = min((pitches[axis] - GAP) / size[_others(axis)[0]] for axis in range(3))
+    tiles, top = [], GAP
+    for axis in sorted(range(3), key=lambda axis: (axis != grid.thick_axis, -axis)):
+        across, down = _others(axis)
+        height, width = int(size[down] * scale), int(size[across] * scale)
+        lines = rows if axis == grid.thick_axis else 1
+        chosen = _choose(areas[axis], weights[axis], lines * COLUMNS[axis])
+        for number, index in enumerate(chosen):
+            line, column = divmod(number, COLUMNS[axis])
+            left = GAP + int(column * pitches[axis] + (pitches[axis] - GAP - width) / 2)
+            origin = (top + line * (height + GAP), left)
+            tiles.append(Tile(axis, index, (low[across], low[down]), origin, (height, width)))
+        top += lines * (height + GAP)
+    return Mosaic(grid, tuple(tiles), (top, WIDTH), scale)
+
+
+def _others(axis: int) -> tuple[int, int]:
+    """Return the two other axes: across and down a slice."""
+    return ((1, 2), (0, 2), (0, 1))[axis]
+
+
+def _choose(
+    area: NDArray[np.integer], weight: NDArray[np.integer] | None, count: int
+) -> list[int]:
+    """Return up to `count` slices: peaks of the weight first, then evenly through the brain."""
+    inner = np.flatnonzero(area >= 0.1 * area.max())
+    first, last = inner[0], inner[-1]
+    chosen: list[int] = []
+    if weight is not None:
+        left = weight.astype(float)
+        while len(chosen) < count and left.any():
+            chosen.append(int(left.argmax()))
+            apart = np.abs(np.arange(left.size) - chosen[-1])
+            left[apart <= (last - first) / (2.5 * count)] = 0
+    even = list(dict.fromkeys(np.rint(np.linspace(first, last, count + 2)[1:-1]).astype(int)))
+    while len(chosen) < count and (even := [index for index in even if index not in chosen]):
+        farthest = max(even, key=lambda index: min((abs(index - c) for c in chosen), default=0))
+        chosen.append(int(farthest))
+    return sorted(chosen)
+
+
+def _window(
+    data: NDArray[np.floating],
+    labels: NDArray[np.integer] | None,
+    like: NDArray[np.floating] | None = None,
+) -> NDArray[np.float32]:
+    """Scale intensities so that the brain (else the foreground) spans 0 to 1.
+
+    `like` gives the intensities to look at where `data` is not in place.
+    """
+    seen = data if like is None else like
+    brain = seen[labels > 0] if labels is not None and labels.any() else None
+    if brain is None:
+        brain = seen[seen > foreground(seen)]
+    brain = brain[np.isfinite(brain)]
+    if not brain.size:
+        return np.zeros(data.shape, np.float32)
+    low, high = np.percentile(brain, (0.5, 99.7))
+    low = min(low, 0.4 * np.median(brain))  # keep fluid and air apart from tissue
+    return np.asarray((data - low) / max(high - low, 1e-6), np.float32)
+
+
+def _registration(
+    t1w: Volume,
+    labels: NDArray[np.integer] | None,
+    after: NDArray[np.floating],
+    before: NDArray[np.floating] | None,
+) -> dict[tuple[str, str], NDArray[np.uint8]]:
+    """Return the T1w and the FLAIR before and after, all under the lines of the T1w's labels."""
+    mosaic = plan_mosaic(t1w, labels, rows=1)
+    lines = []
+    if labels is not None:
+        soft = mosaic.memberships(labels)
+        lines = [1 - soft[0], soft[CHANNEL['VEN']]]
+    text = 'Lines: brain and ventricles as the T1w shows them. ' if lines else ''
+    pictures = {}
+    for what, suffix, data in (
+        ('fixed', 'T1w', _window(t1w.data, labels)),
+        ('before', 'FLAIR', None if before is None else _window(before, labels, after)),
+        ('after', 'FLAIR', _window(after, labels)),
+    ):
+        if data is not None:
+            canvas = _gray(mosaic.cut(data))
+            for line in lines:
+                _draw_line(canvas, line, LINE)
+            pictures[f'registration{what}', suffix] = _finish(mosaic, canvas, text=text)
+    return pictures
+
+
+def _closeup(
+    volume: Volume, labels: NDArray[np.integer], *, count: int = 6, extent_mm: float = 40.0
+) -> NDArray[np.uint8]:
+    """Return the largest lesions, each in the slice where it is largest, bare and outlined."""
+    axis, spacing = volume.grid.thick_axis, volume.grid.spacing_mm
+    numbered, found = ndimage.label(labels == LESION.index, np.ones((3, 3, 3)))
+    sizes = np.bincount(numbered.ravel(), minlength=found + 1)[1:]
+    largest = np.argsort(-sizes, kind='stable')[:count] + 1
+    boxes = ndimage.find_objects(numbered)
+    side = (WIDTH - GAP) // count - GAP
+    tiles = []
+    for column, number in enumerate(largest):
+        box = boxes[number - 1]
+        inside = numbered[box] == number
+        index = int(inside.sum(axis=_others(axis)).argmax())
+        centre = np.argwhere(inside.take(index, axis)).mean(axis=0)
+        centre += [box[other].start for other in _others(axis)]
+        corner = centre * spacing[list(_others(axis))] - extent_mm / 2
+        origin = (GAP, GAP + column * (side + GAP))
+        tiles.append(
+            Tile(axis, box[axis].start + index, (corner[0], corner[1]), origin, (side, side))
+        )
+    mosaic = Mosaic(volume.grid, tuple(tiles), (side + 2 * GAP, WIDTH), side / extent_mm)
+    scan = mosaic.cut(_window(volume.data, labels))
+    outlined = _outlined(scan, mosaic.memberships(labels), (LESION,))
+    below = [f'{sizes[number - 1] * spacing.prod():.0f} mm³' for number in largest]
+    text = f'Each frame is {extent_mm:.0f} mm wide; volumes are those on this scan. '
+    return np.concatenate(
+        [
+            _finish(mosaic, _gray(scan), caption=False),
+            _finish(mosaic, outlined, (LESION,), text=text, below=below),
+        ]
+    )
+
+
+def _gray(scan: NDArray[np.floating]) -> NDArray[np.float32]:
+    return np.asarray(np.repeat(np.clip(scan, 0, 1)[..., None], 3, axis=-1), np.float32)
+
+
+def _rgb(color: str) -> NDArray[np.float32]:
+    return np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)], np.float32)
+
+
+def _heat(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    steps = np.linspace(0, 1, len(HEAT))
+    channels = [np.interp(values, steps, HEAT[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).astype(np.float32)
+
+
+def _outlined(
+    scan: NDArray[np.floating], soft: NDArray[np.floating], shown: Sequence[Label] = CLASSES
+) -> NDArray[np.float32]:
+    """Draw the outlines of classes over a scan; what is inside goes over what is around it."""
+    canvas = _gray(scan)
+    for name in ('CGM', 'CBM', 'BS', 'WM', 'SGM', 'VEN', 'L'):
+        label = LABELS[CHANNEL[name]]
+        if label in shown:
+            # A low level keeps the outline of a lesion of one voxel, and lies outside of it.
+            level = 0.3 if label is LESION else 0.5
+            _draw_line(canvas, soft[CHANNEL[name]], label.color, level=level)
+    return canvas
+
+
+def _draw_line(
+    canvas: NDArray[np.float32], field: NDArray[np.floating], color: str, *, level: float = 0.5
+) -> None:
+    """Draw the isoline of a field in place, smooth, over a dark rim that parts it from the scan.
+
+    The distance from a pixel to the isoline is, to first order, `|field - level| / |gradient|`.
+    """
+    field = ndimage.gaussian_filter(field, 0.6)
+    slope = np.hypot(*np.gradient(field))
+    distance = np.abs(field - level) / np.maximum(slope, 1e-3)
+    for half_width, opacity, ink in ((1.5, 0.6, '#000000'), (0.6, 1.0, color)):
+        alpha = opacity * np.clip(half_width + 0.5 - distance, 0, 1)[..., None]
+        canvas += alpha * (_rgb(ink) - canvas)
+
+
+def _filled(
+    mosaic: Mosaic, scan: NDArray[np.floating], soft: NDArray[np.floating]
+) -> tuple[NDArray[np.float32], Sequence[Label], Sequence[Tag]]:
+    """Colour each pixel by its class, part the classes by dark lines, and name each one once."""
+    winner = soft.argmax(axis=0)
+    paint = np.stack([np.ones(3, np.float32), *(_rgb(label.color) for label in CLASSES)])
+    shade = np.where(winner > 0, 0.5 + 0.5 * np.clip(scan, 0, 1), scan)
+    canvas = _gray(shade) * paint[winner]
+    edge = np.zeros(winner.shape, bool)
+    edge[1:] |= winner[1:] != winner[:-1]
+    edge[:, 1:] |= winner[:, 1:] != winner[:, :-1]
+    canvas[edge] *= 0.45
+
+    tags = []
+    for label in CLASSES:
+        drawn = [winner[tile.place] == CHANNEL[label.abbreviation] for tile in mosaic.tiles]
+        area, best = max((int(mask.sum()), -number) for number, mask in enumerate(drawn))
+        if area:
+            depth = ndimage.distance_transform_edt(np.pad(drawn[-best], 1))
+            row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+            top, left = mosaic.tiles[-best].origin
+            words = 'lesion' if label is LESION else label.abbreviation  # L is left
+            tags.append((int(left + column - 1), int(top + row - 1), words))
+    return canvas, CLASSES, tags
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)  # built into Pillow: no search, no cache on disk
+
+
+def _finish(
+    mosaic: Mosaic,
+    canvas: NDArray[np.floating],
+    legend: Sequence[Label] = (),
+    tags: Sequence[Tag] = (),
+    *,
+    heat: bool = False,
+    text: str = '',
+    below: Sequence[str] = (),
+    caption: bool = True,
+) -> NDArray[np.uint8]:
+    """Return the picture as 8-bit RGB with positions, sides, legend and convention."""
+    # 64 levels look the same and halve the file.
+    picture = np.asarray(np.rint(np.clip(canvas, 0, 1) * 63) * (255 / 63), np.uint8)
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+
+    def write(x: float, y: float, words: str, anchor: str, ink: str = '#ffffff') -> None:
+        draw.text(
+            (x, y), words, ink, _font(13), anchor=anchor, stroke_width=2, stroke_fill='#000000'
+        )
+
+    rows_seen = set()
+    for number, tile in enumerate(mosaic.tiles):
+        (top, left), (height, width) = tile.origin, tile.size
+        name = 'xyz'[tile.axis]
+        words = f'{name} {round(mosaic.position_mm(tile))} mm'
+        if top not in rows_seen:
+            words = f'{PLANES[tile.axis]}  {words}'
+            for x, side, anchor in ((left + 3, 0, 'lm'), (left + width - 3, 1, 'rm')):
+                write(x, top + height / 2, EDGES[tile.axis][side], anchor)
+        rows_seen.add(top)
+        write(left + 3, top + height - 3, below[number] if below else words, 'ls')
+    for x, y, words in tags:
+        write(x, y, words, 'mm')
+    if not caption:
+        return np.asarray(image)
+
+    framed = Image.new('RGB', (image.width, image.height + (52 if legend or heat else 28)))
+    framed.paste(image)
+    draw = ImageDraw.Draw(framed)
+    x, y = 12, image.height + 14
+    for label in legend:
+        box = (x, y - 6, x + 16, y + 6) if tags else (x, y - 1, x + 16, y + 1)
+        draw.rectangle(box, label.color)
+        words = f'{label.abbreviation} {label.name}' if tags else label.name
+        write(x + 22, y, words, 'lm')
+        x += 22 + int(draw.textlength(words, _font(13))) + 18
+    if heat:
+        ramp = np.rint(_heat(np.linspace(0, 1, 160)) * 255).astype(np.uint8)
+        framed.paste(Image.fromarray(np.repeat(ramp[None], 12, axis=0)), (x, y - 6))
+        words = f'uncertainty, normalised entropy: 0 to {UNCERTAIN} and above'
+        write(x + 170, y, words, 'lm')
+    write(12, framed.height - 14, text + CONVENTION, 'lm', '#c8c8c8')
+    return np.asarray(framed)
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    if (picture[..., :1] == picture).all():
+        Image.fromarray(picture[..., 0]).save(buffer, 'PNG')
+    else:
+        _with_palette(picture).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def _with_palette(picture: NDArray[np.uint8]) -> Image.Image:
+    """Reduce a picture to 256 colours, which takes a third off the file and hardly shows.
+
+    Gray levels and the colours of the legend stay exact; the rest is the blends.
+    """
+    fixed = [(level, level, level) for level in np.rint(np.arange(64) * 255 / 63).astype(int)]
+    fixed += [tuple(np.rint(_rgb(label.color) * 255).astype(int)) for label in CLASSES]
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    vivid = (red != green) | (green != blue)
+    blends = Image.fromarray(picture[vivid][None]).quantize(256 - len(fixed)).getpalette() or []
+    palette = Image.new('P', (1, 1))
+    palette.putpalette([*np.ravel(fixed).tolist(), *blends][: 3 * 256])
+    return Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+# ------------------------------------------------------------------------------------- subject
+
+# What one figure group shows: title, views (name, file, caption), the view shown first.
+_WHERE = 'Slices in three planes; positions are scanner coordinates.'
+_LINES = 'The light blue lines are those of the T1w in all three pictures: they should fit.'
+GROUPS: tuple[tuple[str, int, tuple[tuple[str, tuple[str, str], str], ...]], ...] = (
+    (
+        'T1w',
+        1,
+        (
+            ('Scan', ('scan', 'T1w'), f'The T1w. {_WHERE}'),
+            ('Outlines', ('contours', 'T1w'), 'Outlines of tissues and lesions on the T1w.'),
+            ('Labels', ('labels', 'T1w'), 'Tissues and lesions, filled, on the T1w.'),
+        ),
+    ),
+    (
+        'FLAIR',
+        1,
+        (
+            ('Scan', ('scan', 'FLAIR'), f'The FLAIR. {_WHERE}'),
+            (
+                'Lesions',
+                ('lesions', 'FLAIR'),
+                'Outlines of the lesions on the FLAIR, in the slices with the most lesion.',
+            ),
+            ('Labels', ('labels', 'FLAIR'), 'Tissues and lesions, filled, on the FLAIR.'),
+        ),
+    ),
+    (
+        'Largest lesions',
+        0,
+        (
+            (
+                'On the T1w',
+                ('closeup', 'T1w'),
+                'The largest lesions in the T1w slices where they are largest: bare and outlined.',
+            ),
+            (
+                'On the FLAIR',
+                ('closeup', 'FLAIR'),
+                'The largest lesions in the FLAIR slices where they are largest: bare and '
+                'outlined.',
+            ),
+        ),
+    ),
+    (
+        'Registration of FLAIR and T1w',
+        2,
+        (
+            ('T1w', ('registrationfixed', 'T1w'), f'The T1w. {_LINES}'),
+            (
+                'FLAIR before',
+                ('registrationbefore', 'FLAIR'),
+                f'The FLAIR where its header puts it. {_LINES}',
+            ),
+            ('FLAIR after', ('registrationafter', 'FLAIR'), f'The FLAIR, registered. {_LINES}'),
+        ),
+    ),
+    (
+        'Uncertainty',
+        0,
+        (
+            (
+                'Entropy',
+                ('entropy', 'probseg'),
+                'Entropy of the class probabilities, as a share of its maximum: 0 where the model '
+                'is sure, 1/3 where two classes are even. Thin bright lines between tissues are '
+                'normal, broad patches are not.',
+            ),
+        ),
+    ),
+)
+# Entities that name a result, not the scan that it is made from.
+_OURS = ('space', 'res', 'den', 'seg', 'label', 'desc', 'from', 'to', 'mode')
+
+
+def subject_report(out_dir: Path, subject: str, *, provenance: Mapping[str, Any]) -> Path:
+    """Write the page of one participant from its figures and tables.
+
+    Parameters
+    ----------
+    out_dir
+        The derivative dataset.
+    subject
+        Label without ``sub-``.
+    provenance
+        What the reader needs to get the same numbers again, in the order to be shown: values
+        are text, numbers, sequences of these, or further mappings. For example ``{'Software':
+        'bids_jointseg 0.1.0', 'Weights': {'Name': ..., 'SHA-256': ..., 'Licence': ...},
+        'Command': 'jointseg ...'}``.
+
+    Returns
+    -------
+    Path
+        ``<out_dir>/sub-<subject>.html``. Its bytes depend on nothing but the arguments and the
+        files that are read.
+    """
+    methods = out_dir / 'logs' / 'CITATION.md'
+    page = _render(
+        'report.html.j2',
+        subject=subject,
+        classes=CLASSES,
+        scans=[_scan(out_dir, table) for table in _tables(out_dir, f'sub-{subject}')],
+        provenance=provenance,
+        methods=_markdown(methods.read_text(encoding='utf-8')) if methods.is_file() else '',
+    )
+    return write_text(out_dir / f'sub-{subject}.html', page)
+
+
+def _tables(out_dir: Path, subject: str = 'sub-*') -> list[Path]:
+    """Return the table of volumes of every scan, by name."""
+    found = [
+        path
+        for pattern in ('anat', 'ses-*/anat')
+        for path in out_dir.glob(f'{subject}/{pattern}/*_seg-jointseg_morph.tsv')
+    ]
+    return sorted(found, key=lambda path: path.name)
+
+
+def _scan(out_dir: Path, table: Path) -> dict[str, Any]:
+    """Gather what the page says of one scan."""
+    stem = table.name.removesuffix('_seg-jointseg_morph.tsv')
+    own = _own(table)
+    others = ', '.join(f'{key}-{value}' for key, value in own.items() if key != 'sub')
+    figures = out_dir / f'sub-{own["sub"]}' / 'figures'
+    groups = []
+    for title, first, candidates in GROUPS:
+        views = []
+        for name, (what, suffix), caption in candidates:
+            path = figures / f'{stem}_desc-{what}_{suffix}.png'
+            if path.is_file():
+                image = _image(path, f'{stem}, {title}: {name}')
+                views.append({'name': name, 'caption': caption, 'image': image})
+        if views:
+            groups.append({'title': title, 'first': min(first, len(views) - 1), 'views': views})
+    lesions = table.with_name(f'{stem}_desc-lesions_morph.tsv')
+    files = [path for path in sorted(table.parent.iterdir()) if _own(path) == own]
+    return {
+        'stem': stem,
+        'title': others or f'sub-{own["sub"]}',
+        **_volumes(table),
+        'groups': groups,
+        'lesions': list(_read(lesions)) if lesions.is_file() else [],
+        'files': [
+            {'name': path.name, 'href': path.relative_to(out_dir).as_posix()}
+            for path in files
+            if not path.name.startswith('.')
+        ],
+    }
+
+
+def _own(path: Path) -> dict[str, str]:
+    """Return the entities of the scan from which a result was made."""
+    return {key: value for key, value in entities(path).items() if key not in _OURS}
+
+
+def _read(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(encoding='utf-8', newline='') as stream:
+        yield from csv.DictReader(stream, delimiter='\t')
+
+
+def _volumes(table: Path) -> dict[str, Any]:
+    """Return what the tables say of one scan; what they do not say is 'n/a'."""
+    volumes = {row['name']: row for row in _read(table)}
+    for label in CLASSES:
+        blank = {'volume_mm3': 'n/a', 'percent_of_brain': 'n/a'}
+        volumes[label.abbreviation] = blank | volumes.get(label.abbreviation, {})
+    sidecar = table.with_suffix('.json')
+    record = json.loads(sidecar.read_text(encoding='utf-8')) if sidecar.is_file() else {}
+    return {
+        'volumes': volumes,
+        'brain_mm3': record.get('brain_volume_mm3', 'n/a'),
+        'lesion_count': record.get('lesion_count', 'n/a'),
+        'flags': record.get('flags', []),
+    }
+
+
+def _image(path: Path, words: str) -> dict[str, Any]:
+    content = path.read_bytes()
+    width, height = (int.from_bytes(content[i : i + 4], 'big') for i in (16, 20))  # PNG's IHDR
+    data = base64.b64encode(content).decode()
+    return {'data': data, 'width': width, 'height': height, 'alt': words}
+
+
+def _markdown(text: str) -> Markup:
+    """Turn the little Markdown of the methods text into HTML: headings, lists, emphasis, links."""
+    blocks = []
+    for block in re.split(r'\n\s*\n', text.strip()):
+        heading = re.match(r'(#+)\s+(.*)', block)
+        items = re.split(r'(?m)^\s*(?:[-*]|\d+\.)\s+', block)
+        if heading:
+            blocks.append(f'<h3>{_inline(heading[2])}</h3>')
+            block = block[heading.end() :].strip()
+            if block:
+                blocks.append(f'<p>{_inline(block)}</p>')
+        elif not items[0].strip() and len(items) > 1:
+            listed = ''.join(f'<li>{_inline(item)}</li>' for item in items[1:])
+            blocks.append(f'<ul>{listed}</ul>')
+        else:
+            blocks.append(f'<p>{_inline(block)}</p>')
+    return Markup('\n'.join(blocks))  # noqa: S704 - every piece is escaped in _inline
+
+
+def _inline(text: str) -> str:
+    text = str(escape(' '.join(text.split())))
+    text = re.sub(r'\*\*(.+?)\*\*', r'<strong>\1</strong>', text)
+    text = re.sub(r'(?<!\w)[*_](.+?)[*_](?!\w)', r'<em>\1</em>', text)
+    text = re.sub(r'`(.+?)`', r'<code>\1</code>', text)
+    return re.sub(
+        r'(https?://[^\s<>]+[^\s<>.,;:)\]])', r'<a href="\1" rel="noreferrer">\1</a>', text
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('bids_jointseg', 'data'),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {'number': _number, 'ml': _ml, 'percent': _percent}
+    return environment.get_template(template).render(values)
+
+
+def _float(value: object) -> float:
+    """Return a table's cell as a number; NaN for 'n/a'."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _known(value: object) -> bool:
+    return math.isfinite(_float(value))
+
+
+def _number(value: object, digits: int = 0) -> str:
+    """Write a number with narrow spaces between thousands; 'n/a' if it is none."""
+    if not _known(value):
+        return 'n/a'
+    return f'{_float(value):,.{digits}f}'.replace(',', '\u202f').replace('-', '\u2212')
+
+
+def _ml(volume_mm3: object, digits: int = 2) -> str:
+    return _number(_float(volume_mm3) / 1000, digits)
+
+
+def _percent(value: object) -> str:
+    """Write the length of a bar, as CSS wants it."""
+    return f'{min(max(_float(value), 0), 100):.2f}%' if _known(value) else '0'
+
+
+# --------------------------------------------------------------------------------------- group
+
+LEAST = 5  # scans without which there is no telling what is unusual
+SPREAD = 3  # MADs from the median beyond which a value is unusual
+
+
+def group_tables(out_dir: Path) -> tuple[Path, ...]:
+    """Gather the tables of all scans of a derivative dataset, one after the other.
+
+    Parameters
+    ----------
+    out_dir
+        The derivative dataset.
+
+    Returns
+    -------
+    tuple[Path, ...]
+        ``group_volumes.tsv``, ``.csv`` and ``.json`` (one row per scan), ``group_lesions.tsv``
+        and ``.csv`` (one row per lesion).
+
+    Raises
+    ------
+    DataError
+        If no scan has been processed.
+    """
+    tables = _tables(out_dir)
+    if not tables:
+        raise DataError(f'{out_dir}: no *_seg-jointseg_morph.tsv: run the participant level first')
+    # Names alone tell which entities there are: the tables need not be held in memory.
+    extra = {key: None for path in tables for key in _own(path)}.keys() - {'sub', 'ses'}
+    keys = ('participant_id', 'session_id', *sorted(extra), 'scan')
+    measures = ('brain_mm3', *(f'{label.abbreviation}_mm3' for label in CLASSES), 'lesion_count')
+    lesion_columns = ('lesion', 'volume_mm3', 'x_mm', 'y_mm', 'z_mm', 'voxels')
+
+    def identity(table: Path) -> dict[str, str]:
+        own = _own(table)
+        return {
+            'participant_id': f'sub-{own["sub"]}',
+            'session_id': f'ses-{own["ses"]}' if 'ses' in own else 'n/a',
+            **{key: own.get(key, 'n/a') for key in extra},
+            'scan': table.name.removesuffix('_seg-jointseg_morph.tsv'),
+        }
+
+    def volumes() -> Iterator[dict[str, Any]]:
+        for table in tables:
+            try:
+                found = _volumes(table)
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                LOGGER.warning('%s: left out, it cannot be read (%s)', table, error)
+                continue
+            yield identity(table) | {
+                'brain_mm3': found['brain_mm3'],
+                **{
+                    f'{label.abbreviation}_mm3': found['volumes'][label.abbreviation]['volume_mm3']
+                    for label in CLASSES
+                },
+                'lesion_count': found['lesion_count'],
+                'flags': '; '.join(found['flags']) or 'n/a',
+            }
+
+    def lesions() -> Iterator[dict[str, Any]]:
+        for table in tables:
+            own = identity(table)
+            path = table.with_name(f'{own["scan"]}_desc-lesions_morph.tsv')
+            if path.is_file():
+                for row in _read(path):
+                    yield own | {name: row.get(name) or 'n/a' for name in lesion_columns}
+
+    written = []
+    for name, columns, rows in (
+        ('group_volumes', (*keys, *measures, 'flags'), volumes()),
+        ('group_lesions', (*keys, *lesion_columns), lesions()),
+    ):
+        tsv = write_table(out_dir / f'{name}.tsv', columns, rows)
+        written += [tsv, write_table(tsv.with_suffix('.csv'), columns, _read(tsv))]
+    described = {
+        'scan': {'Description': 'Start of the names of all results of the scan'},
+        'brain_mm3': {'Description': 'The six tissues and the lesions', 'Units': 'mm^3'},
+        **{
+            f'{label.abbreviation}_mm3': {'Description': label.name, 'Units': 'mm^3'}
+            for label in CLASSES
+        },
+        'lesion_count': {'Description': 'Groups of lesion voxels that touch at least by a corner'},
+        'flags': {'Description': 'Warnings, separated by semicolons'},
+    }
+    written.insert(2, write_json(out_dir / 'group_volumes.json', described))
+    return tuple(written)
+
+
+def group_report(out_dir: Path) -> Path:
+    """Write the page of a cohort from ``group_volumes.tsv``, which is gathered if absent.
+
+    Parameters
+    ----------
+    out_dir
+        The derivative dataset.
+
+    Returns
+    -------
+    Path
+        ``<out_dir>/group.html``.
+
+    Raises
+    ------
+    DataError
+        If no scan has been processed.
+    """
+    table = out_dir / 'group_volumes.tsv'
+    if not table.is_file():
+        group_tables(out_dir)
+    scans = list(_read(table))
+    pages = {row['participant_id']: f'{row["participant_id"]}.html' for row in scans}
+    columns = {
+        'brain_mm3': 'Brain',
+        **{f'{label.abbreviation}_mm3': label.name for label in CLASSES},
+        'lesion_count': 'Number of lesions',
+    }
+    strips, unusual = [], []
+    sides: dict[tuple[int, str], str] = {}
+    for name, title in columns.items():
+        divisor, unit = (1000, ' ml') if name.endswith('_mm3') else (1, '')
+        values = [_float(row[name]) / divisor for row in scans]
+        median, low, high = usual_range(values, skewed=name in ('L_mm3', 'lesion_count'))
+        marks = [k for k, value in enumerate(values) if value < low or value > high]
+
+        def text(value: float, unit: str = unit) -> str:
+            return _number(value, 2 if unit else 0) + unit
+
+        for k in marks:
+            sides[k, name] = 'low' if values[k] < low else 'high'
+            unusual.append(
+                {
+                    'scan': scans[k]['scan'],
+                    'href': pages[scans[k]['participant_id']],
+                    'measure': title,
+                    'value': text(values[k]),
+                    'side': sides[k, name],
+                    'median': text(median),
+                    'range': f'{text(max(low, 0))} to {text(high)}',
+                }
+            )
+        strips.append(_strip(title, values, (median, low, high), text, marks, scans, pages))
+    short = ['Brain', *(label.abbreviation for label in CLASSES), 'Number of lesions']
+    rows = [
+        {
+            'scan': row['scan'],
+            'href': pages[row['participant_id']],
+            'flags': '' if row['flags'] == 'n/a' else row['flags'],
+            'cells': [
+                {
+                    'raw': row[name],
+                    'text': _number(_float(row[name]) / 1000, 2)
+                    if name.endswith('_mm3')
+                    else _number(row[name]),
+                    'side': sides.get((k, name), ''),
+                }
+                for name in columns
+            ],
+        }
+        for k, row in enumerate(scans)
+    ]
+    page = _render(
+        'group.html.j2',
+        rows=rows,
+        columns=short,
+        strips=strips,
+        unusual=sorted(unusual, key=lambda item: item['scan']),
+        participants=len(pages),
+        least=LEAST,
+        version=__version__,
+    )
+    return write_text(out_dir / 'group.html', page)
+
+
+def usual_range(values: Sequence[float], *, skewed: bool = False) -> tuple[float, float, float]:
+    """Return the median and the median -/+ 3 scaled MAD (Leys et al., J Exp Soc Psychol 2013).
+
+    Parameters
+    ----------
+    values
+        NaN is left out.
+    skewed
+        Take the deviations of `log(1 + x)`, and call no value low.
+
+    Returns
+    -------
+    tuple[float, float, float]
+        Median, lowest and highest usual value. With fewer than :data:`LEAST` values, or where
+        half of them are equal, every value is usual.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return math.nan, -math.inf, math.inf
+    there, back = (math.log1p, math.expm1) if skewed else (float, float)
+    middle = statistics.median(there(value) for value in known)
+    mad = 1.4826 * statistics.median(abs(there(value) - middle) for value in known)
+    if len(known) < LEAST or mad == 0:
+        return back(middle), -math.inf, math.inf
+    low = -math.inf if skewed else middle - SPREAD * mad
+    return back(middle), low, back(middle + SPREAD * mad)
+
+
+def _strip(
+    title: str,
+    values: Sequence[float],
+    usual: tuple[float, float, float],
+    text: Callable[[float], str],
+    marks: Sequence[int],
+    scans: Sequence[Mapping[str, str]],
+    pages: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return one strip plot in the template's terms: 540 units wide, 50 high."""
+    median, low, high = usual
+    known = [value for value in values if math.isfinite(value)]
+    least, most = (min(known), max(known)) if known else (0.0, 0.0)
+
+    def x(value: float) -> float:
+        inside = min(max(value, least), most)
+        return round(10 + 540 * ((inside - least) / (most - least) if most > least else 0.5), 1)
+
+    def y(number: int) -> float:
+        return round(16 + 34 * ((number * 0.618034 + 0.5) % 1), 1)  # neighbours lie apart
+
+    dots = ''.join(
+        f'M{x(value)} {y(k)}h0'
+        for k, value in enumerate(values)
+        if math.isfinite(value) and k not in set(marks)
+    )
+    return {
+        'title': title,
+        'words': f'{title}: {len(known)} scans from {text(least)} to {text(most)}, median '
+        f'{text(median)}, {len(marks)} unusual',
+        'dots': dots or 'M0 0',
+        'median': x(median) if known else None,
+        'band': (x(low), round(x(high) - x(low), 1)) if math.isfinite(high) else None,
+        'low': text(least) if known else 'n/a',
+        'high': text(most) if known else '',
+        'middle': f'median {text(median)}' if known else '',
+        'marks': [
+            {
+                'x': x(values[k]),
+                'y': y(k),
+                'href': pages[scans[k]['participant_id']],
+                'words': f'{scans[k]["scan"]}: {text(values[k])}',
+            }
+            for k in marks
+        ],
+    }
