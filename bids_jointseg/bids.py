@@ -286,7 +286,7 @@ def _special(value: object) -> object:
     from bids.layout import Query
 
     special = {None: Query.NONE, '*': Query.ANY}
-    special |= {f'Query.{query.name}': query for query in Query}
+    special |= {f'Query.{name}': query for name, query in Query.__members__.items()}
     return special.get(value, value) if isinstance(value, str | None) else value
 
 

@@ -114,7 +114,7 @@ def init_participant_wf(
     }
     nipype_config.update_config({'execution': execution})
     workflow.config['execution'] = deepcopy(execution)
-    paragraphs = [_INTRODUCTION.format(version=__version__, card=card)]
+    paragraphs = [_introduce(card)]
     paragraphs += dict.fromkeys(workflow.get_node(workflow_name(scan)).__desc__ for scan in scans)
     workflow.__desc__ = '\n\n'.join(paragraphs)
     return workflow
@@ -181,7 +181,9 @@ def init_scan_wf(
         The last file of the results.
     """
     workflow = Workflow(name=name)
-    workflow.__desc__ = _describe(scan)
+    paired = scan.t1w is not None and scan.flair is not None
+    precomputed = find_transform(scan, derivatives or {}) if paired else None
+    workflow.__desc__ = _describe(scan, precomputed=precomputed is not None)
     gigabytes = _memory_gb(scan)
     configuration = result_configuration(card, level=level, fast=fast, random_seed=random_seed)
 
@@ -294,10 +296,9 @@ def init_scan_wf(
             name='register',
             mem_gb=gigabytes,
         )
-        found = find_transform(scan, derivatives or {})
-        if found is not None:
-            register.inputs.precomputed = str(found)
-            register.inputs.inverse = '_from-T1w_to-FLAIR_' in found.name
+        if precomputed is not None:
+            register.inputs.precomputed = str(precomputed)
+            register.inputs.inverse = '_from-T1w_to-FLAIR_' in precomputed.name
         workflow.connect([
             (check, register, [('t1w', 't1w'), ('flair', 'flair')]),
             (register, resample, [('transform', 'transform')]),
@@ -418,36 +419,38 @@ _INTRODUCTION = """\
 Brain tissue and white-matter lesions were segmented jointly with *bids_jointseg* {version}, a \
 BIDS App [@bids; @bidsapps] built on *Nipype* [@nipype], after @jointseg, with the network \
 `{card.name}` {card.version} (SHA-256 `{card.sha256}`, licence {card.licence}) in *PyTorch* \
-[@pytorch]."""
+[@pytorch]. Scans were resampled to the grid of the network along their own slices, and their \
+intensities scaled to zero mean and unit variance over the head{landmarks}. The network takes any \
+subset of modalities, the features of which are averaged [@hemis]. Volumes are those of the \
+labels; lesions were counted as 26-connected groups of voxels."""
 
 
-def _describe(scan: Scan) -> str:
-    """Return the methods section of one scan."""
-    if scan.t1w is not None and scan.flair is not None:
-        what = 'Each T1-weighted scan was processed together with a FLAIR scan of its session.'
-        align = (
-            ' The FLAIR was aligned with the T1-weighted scan rigidly, by maximising mutual '
-            'information [@mattes] with *SimpleITK* [@simpleitk] over a pyramid of three '
-            'resolutions.'
-        )
-        where = (
-            'The probabilities of lesions were computed on the slices of the FLAIR, those of '
-            'tissue on the grid of the T1-weighted scan where its slices are finer; both were '
-            'mapped linearly to the native grid of each scan, joined, and the most probable '
-            'class was taken there.'
-        )
-    else:
+def _introduce(card: ModelCard) -> str:
+    """Return what the description says of all scans."""
+    landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
+    return _INTRODUCTION.format(version=__version__, card=card, landmarks=landmarks)
+
+
+def _describe(scan: Scan, *, precomputed: bool = False) -> str:
+    """Return what the description says of scans like this one."""
+    if scan.t1w is None or scan.flair is None:
         name = 'T1-weighted' if scan.t1w is not None else 'FLAIR'
-        what = f'Each {name} scan without a partner in its session was processed alone.'
-        align = ''
-        where = (
-            'The probabilities were mapped linearly to the native grid of the scan, and the '
-            'most probable class was taken there.'
+        return (
+            f'Each {name} scan without a partner in its session was processed alone. The '
+            'probabilities of the classes were mapped linearly to its native grid, and the most '
+            'probable class was taken there.'
+        )
+    if precomputed:
+        how = 'by a transform that was given'
+    else:
+        how = (
+            'rigidly, by maximising mutual information [@mattes] with *SimpleITK* [@simpleitk] '
+            'over a pyramid of three resolutions'
         )
     return (
-        f'{what}{align} Scans were resampled to the grid of the network along their own slices, '
-        'and their intensities scaled to zero mean and unit variance over the head [@nyul]. The '
-        'network takes any subset of modalities, the features of which are averaged [@hemis]. '
-        f'{where} Volumes are those of the labels; lesions are counted as 26-connected groups of '
-        'voxels.'
+        'Each T1-weighted scan was processed together with a FLAIR scan of its session, which was '
+        f'aligned with it {how}. The probabilities of lesions were computed on the slices of the '
+        'FLAIR, those of tissue on the grid of the T1-weighted scan where its slices are finer; '
+        'both were mapped linearly to the native grid of each scan and joined, and the most '
+        'probable class was taken there.'
     )
