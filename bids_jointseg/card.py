@@ -104,7 +104,9 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
         path = Path(model).with_suffix('.json')
     elif not path.is_file():
         known = ', '.join(sorted(file.stem for file in MODELS.glob('*.json'))) or 'none'
-        raise ModelError(f'model {str(model)!r} is not in the package ({known}): give a path to one')
+        raise ModelError(
+            f'model {str(model)!r} is not in the package ({known}): give a path to one'
+        )
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bids_jointseg.labels import CLASSES
+
 LOGGER = logging.getLogger('bids_jointseg')
 
 LARGEST = 3_000_000
@@ -31,7 +33,7 @@ def choose_device(device: str = 'auto') -> torch.device:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Return whether the processor multiplies bfloat16 itself; emulated, it is ten times slower."""
+    """Return whether the processor has bfloat16 itself: emulated, it is ten times slower."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and bool(torch.cpu._is_avx512_bf16_supported())
@@ -101,7 +103,7 @@ def _predict(
     if window is None:
         window = (*shape[:2], max(32, LARGEST // (shape[0] * shape[1])))
     axes = [_starts(size, width) for size, width in zip(shape, window, strict=True)]
-    total: Tensor | None = None
+    total = torch.zeros((len(CLASSES), *shape))
     weight = torch.zeros(shape)
     for corner in itertools.product(*axes):
         part = tuple(
@@ -110,11 +112,8 @@ def _predict(
         )
         found = _one(network, {name: image[part] for name, image in images.items()}, device)
         ramp = _ramp(found.shape[1:], [len(starts) > 1 for starts in axes])
-        if total is None:
-            total = torch.zeros((found.shape[0], *shape))
         total[(slice(None), *part)] += found * ramp
         weight[part] += ramp
-    assert total is not None
     return (total / weight).numpy()
 
 

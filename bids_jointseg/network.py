@@ -16,6 +16,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -156,7 +157,7 @@ class UNet(nn.Module):
         channels: Sequence[int] = (16, 32, 64, 128, 128),
     ) -> None:
         super().__init__()
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(pairwise(channels))
         self.multiple = (2 ** len(pairs), 2 ** len(pairs), 2 ** max(0, len(pairs) - 1))
         self.branches = nn.ModuleDict(
             {name: _convolutions(1, channels[0], 2) for name in modalities}

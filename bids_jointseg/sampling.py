@@ -8,15 +8,19 @@ alone, so it is the same with any number of workers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from bids_jointseg import augment, synth
-from bids_jointseg.labels import CLASSES, bits
+from bids_jointseg.image import load_scan, model_grid, normalise, register, resample
+from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
 
 LESION = CLASSES.index('L')
 
@@ -50,6 +54,93 @@ class Person:
     means: np.ndarray
     counts: dict[int, int]
     box: np.ndarray
+
+
+# First and last voxel of the cerebrum in the 1 mm MNI152 space of the masks, whose canonical
+# grid is 182 x 218 x 182: measured on nilearn's ICBM152 brain mask, without the brainstem.
+MNI_SHAPE = (182, 218, 182)
+MNI_CEREBRUM = np.array([[19.0, 19.0, 28.0], [163.0, 199.0, 154.0]])
+
+
+def _canonical(path: Path) -> NDArray[np.int64]:
+    return np.asanyarray(nib.as_closest_canonical(nib.load(path)).dataobj).astype(np.int64)
+
+
+def _box(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:
+    spans = [np.flatnonzero(mask.any(tuple(j for j in range(3) if j != i))) for i in range(3)]
+    low, high = zip(*((max(0, s[0] - margin), s[-1] + 1 + margin) for s in spans), strict=True)
+    return slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])
+
+
+def write_person(annotation: Path, protocol: str, scan: Path | None, path: Path) -> None:
+    """Cache one annotated person for :func:`read_person`.
+
+    Parameters
+    ----------
+    annotation
+        Label map at 1 mm.
+    protocol
+        What its labels say.
+    scan
+        T1w on the same grid, or None where it is to be painted.
+    path
+        The file to write, `.npz`.
+    """
+    labels = _canonical(annotation)
+    kinds = synth.kinds_of(protocol, labels)
+    # Whole heads number their extracerebral tissue from 500: background to every protocol.
+    arrays = {'sets': PROTOCOLS[protocol].encode(np.where(labels >= 500, 0, labels))}
+    if scan is not None:
+        t1w = _canonical(scan).astype(np.float32)
+        kinds[(kinds == synth.AIR) & (t1w > 0)] = synth.CSF
+        arrays['t1w'] = (t1w / np.median(t1w[kinds == synth.WHITE])).astype(np.float16)
+    arrays['kinds'] = kinds
+    box = list(_box(kinds != synth.AIR, 4))
+    brain = _box(np.isin(kinds, synth.BRAIN), 0)
+    box[2] = slice(max(box[2].start, brain[2].start - 70), box[2].stop)  # no need of shoulders
+    np.savez_compressed(path, **{name: array[tuple(box)] for name, array in arrays.items()})
+
+
+def write_pair(flair: Path, t1w: Path, path: Path, *, slice_mm: tuple[float, float]) -> None:
+    """Cache one unlabelled pair on the FLAIR's slices for :class:`Pairs`."""
+    scans = {'FLAIR': load_scan(flair), 'T1w': load_scan(t1w)}
+    grid = model_grid(scans['FLAIR'], in_plane_mm=1.0, slice_mm=slice_mm)
+    moves = {'FLAIR': np.eye(4), 'T1w': register(scans['FLAIR'], scans['T1w'])}
+    np.savez_compressed(
+        path,
+        **{
+            name: normalise(resample(scan, grid, moves[name])).astype(np.float16)
+            for name, scan in scans.items()
+        },
+    )
+
+
+def write_lesions(masks: Mapping[str, Path], path: Path) -> None:
+    """Cache lesion masks in 1 mm MNI152 space for :func:`read_lesions`.
+
+    Raises
+    ------
+    ValueError
+        If a mask is on another grid.
+    """
+    arrays = {}
+    for subject, mask in masks.items():
+        array = _canonical(mask) > 0
+        if array.shape != MNI_SHAPE:
+            raise ValueError(f'{mask}: not on the 1 mm MNI152 grid {MNI_SHAPE}: {array.shape}')
+        arrays[subject] = np.packbits(array)
+    np.savez_compressed(path, **arrays)
+
+
+def read_lesions(path: Path, subjects: Sequence[str]) -> list[Tensor]:
+    """Return the masks of some subjects, uint8 `(X, Y, Z)`."""
+    with np.load(path) as stored:
+        return [
+            torch.from_numpy(
+                np.unpackbits(stored[name], count=int(np.prod(MNI_SHAPE))).reshape(MNI_SHAPE)
+            )
+            for name in subjects
+        ]
 
 
 def read_person(path: Path) -> Person:
@@ -129,8 +220,6 @@ class Windows(torch.utils.data.Dataset[Sample]):
         Whole-head label maps.
     lesions
         Lesion masks in MNI space, canonical orientation, `(X, Y, Z)` uint8.
-    lesion_box
-        First and last voxel of the cerebrum in MNI space, `(2, 3)`.
     settings, seed, length
         Sample `i` depends on `(seed, i)` alone.
     """
@@ -140,15 +229,13 @@ class Windows(torch.utils.data.Dataset[Sample]):
         controls: list[Person],
         heads: list[Person],
         lesions: list[Tensor],
-        lesion_box: np.ndarray,
         *,
         settings: Settings,
         seed: int,
         length: int,
     ) -> None:
         self.controls, self.heads, self.lesions = controls, heads, lesions
-        self.lesion_box, self.settings = lesion_box, settings
-        self.seed, self.length = seed, length
+        self.settings, self.seed, self.length = settings, seed, length
 
     def __len__(self) -> int:
         return self.length
@@ -197,10 +284,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         images = self._images(person, kinds, points, lesion, dense, rng, generator)
         known = (channels < len(CLASSES)).float()
         target = torch.stack(
-            [
-                augment.slices((channels == c).to(torch.float32), dense)
-                for c in range(len(CLASSES))
-            ]
+            [augment.slices((channels == c).to(torch.float32), dense) for c in range(len(CLASSES))]
         )
         valid = (augment.slices(known, dense) > 0.5).float()[None]
         total = target.sum(0, keepdim=True).clamp_min(1e-3)
@@ -218,7 +302,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         change[:3, :3] *= rng.uniform(0.9, 1.1, 3)
         change[:3, 3] = rng.uniform(-4, 4, 3)
         if rng.random() < 0.5:
-            middle = self.lesion_box.mean(0)[0]
+            middle = MNI_CEREBRUM.mean(0)[0]
             mirror = np.diag([-1.0, 1, 1, 1])
             mirror[0, 3] = 2 * middle
             change = mirror @ change
@@ -226,9 +310,9 @@ class Windows(torch.utils.data.Dataset[Sample]):
 
     def _to_lesions(self, box: np.ndarray, jitter: np.ndarray) -> np.ndarray:
         """Return the affine from a person's voxels to those of a lesion mask, box to box."""
-        scale = (self.lesion_box[1] - self.lesion_box[0]) / (box[1] - box[0])
+        scale = (MNI_CEREBRUM[1] - MNI_CEREBRUM[0]) / (box[1] - box[0])
         matrix = np.diag([*scale, 1.0])
-        matrix[:3, 3] = self.lesion_box[0] - scale * box[0]
+        matrix[:3, 3] = MNI_CEREBRUM[0] - scale * box[0]
         return np.asarray(jitter @ matrix)
 
     def _surround(

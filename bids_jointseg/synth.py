@@ -50,14 +50,13 @@ KINDS: tuple[tuple[str, float, float, float, float], ...] = (
 NAMES = tuple(kind[0] for kind in KINDS)
 KIND = {name: index for index, name in enumerate(NAMES)}
 GRAY = tuple(
-    KIND[name]
-    for name in ('cortex', 'hippocampus', 'striatum', 'thalamus', 'cerebellar cortex')
+    KIND[name] for name in ('cortex', 'hippocampus', 'striatum', 'thalamus', 'cerebellar cortex')
 )
 WHITE = KIND['white matter']
 VENTRICLE = KIND['ventricle']
 CSF = KIND['extracerebral CSF']
 CEREBRUM = (KIND['white matter'], KIND['cortex'])
-BRAIN = tuple(range(1, 12)) + (KIND['choroid plexus'],)
+BRAIN = (*range(1, 12), KIND['choroid plexus'])
 """Kinds that a brain mask holds for certain."""
 
 

@@ -14,9 +14,9 @@ import csv
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bids_jointseg.inference import probabilities
+from bids_jointseg.card import ModelCard
+from bids_jointseg.inference import choose_device, probabilities
 from bids_jointseg.labels import CLASSES, TISSUES
 from bids_jointseg.losses import consistency_risk, supervised_risk
-from bids_jointseg.network import build
-from bids_jointseg.sampling import Sample
+from bids_jointseg.network import build, save_model
+from bids_jointseg.recipe import Recipe
+from bids_jointseg.sampling import (
+    Pairs,
+    Person,
+    Sample,
+    Windows,
+    read_lesions,
+    read_person,
+    write_lesions,
+)
+from bids_jointseg.sampling import Settings as SampleSettings
 
 LOGGER = logging.getLogger('bids_jointseg')
 GROUPS = tuple(frozenset({name}) for name in CLASSES)
@@ -297,3 +308,104 @@ def _log(
 def _means(recent: list[list[float]]) -> list[float]:
     columns = np.array(recent, dtype=float).T
     return [float(np.nanmean(c)) if np.isfinite(c).any() else float('nan') for c in columns]
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    people: Sequence[Path],
+    pairs: Sequence[Path],
+    lesions: Mapping[str, Path],
+    folder: Path,
+    device: str = 'auto',
+    threads: int = 1,
+    workers: int = 1,
+    seconds: float = float('inf'),
+) -> ModelCard:
+    """Train what a recipe says from cached people and write the model to `folder`.
+
+    Parameters
+    ----------
+    recipe
+        From :func:`bids_jointseg.recipe.read_recipe`.
+    people
+        Files of :func:`bids_jointseg.sampling.write_person`, named `DATASET_sub-SUBJECT.npz`.
+    pairs
+        Files of :func:`bids_jointseg.sampling.write_pair`.
+    lesions
+        Subject -> mask in MNI space.
+    folder
+        Checkpoint, curve and model.
+    device, threads, workers, seconds
+        See :func:`run`.
+
+    Returns
+    -------
+    ModelCard
+        With its path.
+    """
+    torch.set_num_threads(threads)
+    sources = {source.name: source for source in recipe.datasets}
+    split: dict[str, dict[str, list[Person]]] = {
+        part: {'scans': [], 'heads': []} for part in ('train', 'validation')
+    }
+    names: dict[str, dict[str, list[str]]] = {'train': {}, 'validation': {}}
+    for path in people:
+        dataset, subject = path.stem.rsplit('_sub-', 1)
+        part = sources[dataset].part(subject)
+        if part != 'test':
+            person = read_person(path)
+            split[part]['heads' if person.t1w is None else 'scans'].append(person)
+            names[part].setdefault(dataset, []).append(subject)
+    masks: dict[str, list[Tensor]] = {}
+    (lesion_source,) = (source for source in recipe.datasets if source.role == 'lesions')
+    cached = folder / 'lesions.npz'
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lesions(lesions, cached)
+    for part in split:
+        chosen = [subject for subject in lesions if lesion_source.part(subject) == part]
+        masks[part] = read_lesions(cached, chosen)
+        names[part][lesion_source.name] = chosen
+    settings = Settings(architecture=recipe.architecture, **recipe.training)
+    samples = SampleSettings(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.samples.items()}
+    )
+
+    def windows(part: str, heads_share: float, number: int, length: int) -> Windows:
+        return Windows(
+            split[part]['scans'],
+            split[part]['heads'],
+            masks[part],
+            settings=replace(samples, heads_share=heads_share),
+            seed=settings.seed + number,
+            length=length,
+        )
+
+    held_out = windows('validation', 0.5, 3, 12)
+    network = run(
+        settings,
+        [windows('train', 0.0, 1, settings.steps), windows('train', 1.0, 2, settings.steps)],
+        Pairs(sorted(pairs), seed=settings.seed + 4, length=settings.steps) if pairs else None,
+        [held_out[number] for number in range(len(held_out))],
+        folder,
+        device=str(choose_device(device)),
+        workers=workers,
+        seconds=seconds,
+    )
+    card = ModelCard(
+        name=recipe.name,
+        version=recipe.version,
+        architecture=recipe.architecture,
+        modalities=recipe.modalities,
+        in_plane_mm=recipe.in_plane_mm,
+        slice_mm=recipe.slice_mm,
+        licence=recipe.licence,
+        training={
+            'steps': settings.steps,
+            'people': names['train'],
+            'validation': names['validation'],
+            'unlabelled': [path.stem for path in sorted(pairs)],
+            'test': {source.name: list(source.test) for source in recipe.datasets if source.test},
+        },
+    )
+    return save_model(network, card, folder)

@@ -89,9 +89,7 @@ def test_an_annotation_of_lesions_alone_does_not_tell_tissues_apart():
     raw = logits()
     p = raw.softmax(1)
     lesion = (torch.rand(1, 1, 3, 3, 2, dtype=torch.float64) > 0.5).double()
-    target = torch.cat(
-        [lesion if group == {'L'} else 1 - lesion for group in groups], dim=1
-    )
+    target = torch.cat([lesion if group == {'L'} else 1 - lesion for group in groups], dim=1)
     supervised_risk(p, target, groups, torch.ones_like(lesion)).backward()
     # Moving probability between two tissues must not change the risk: their gradients with
     # respect to the probabilities are equal, so those of the logits are proportional to p.

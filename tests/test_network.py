@@ -25,9 +25,7 @@ def network(request):
 
 def images(*shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(1, 1, *shape, generator=generator) for name in ('T1w', 'FLAIR')
-    }
+    return {name: torch.randn(1, 1, *shape, generator=generator) for name in ('T1w', 'FLAIR')}
 
 
 def test_any_subset_of_modalities_in_any_order(network):
