@@ -66,6 +66,11 @@ class Recipe:
     samples: dict[str, Any] = field(default_factory=dict)
 
 
+def tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a TOML table with its arrays as tuples, as frozen settings hold them."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+
+
 def subject_of(path: Path) -> str:
     """Return the subject label of a BIDS file name."""
     return path.name.split('_', maxsplit=1)[0].removeprefix('sub-')
@@ -90,13 +95,9 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f'{file}: not TOML: {error}') from error
     try:
         record['datasets'] = tuple(
-            Source(**{k: tuple(v) if isinstance(v, list) else v for k, v in source.items()})
-            for source in record.get('datasets', ())
+            Source(**tuples(source)) for source in record.get('datasets', ())
         )
-        for name in ('modalities', 'slice_mm'):
-            if name in record:
-                record[name] = tuple(record[name])
-        recipe = Recipe(**record)
+        recipe = Recipe(**tuples(record))
     except TypeError as error:
         known = ', '.join(entry.name for entry in fields(Recipe))
         raise RecipeError(f'{file}: {error}; a recipe has {known}') from error

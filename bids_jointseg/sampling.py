@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -89,7 +90,9 @@ def write_person(annotation: Path, protocol: str, scan: Path | None, path: Path)
     labels = _canonical(annotation)
     kinds = synth.kinds_of(protocol, labels)
     # Whole heads number their extracerebral tissue from 500: background to every protocol.
-    arrays = {'sets': PROTOCOLS[protocol].encode(np.where(labels >= 500, 0, labels))}
+    arrays: dict[str, Any] = {
+        'sets': PROTOCOLS[protocol].encode(np.where(labels >= 500, 0, labels))
+    }
     if scan is not None:
         t1w = _canonical(scan).astype(np.float32)
         kinds[(kinds == synth.AIR) & (t1w > 0)] = synth.CSF
@@ -98,7 +101,8 @@ def write_person(annotation: Path, protocol: str, scan: Path | None, path: Path)
     box = list(_box(kinds != synth.AIR, 4))
     brain = _box(np.isin(kinds, synth.BRAIN), 0)
     box[2] = slice(max(box[2].start, brain[2].start - 70), box[2].stop)  # no need of shoulders
-    np.savez_compressed(path, **{name: array[tuple(box)] for name, array in arrays.items()})
+    arrays = {name: array[tuple(box)] for name, array in arrays.items()}
+    np.savez_compressed(path, **arrays)
 
 
 def write_pair(flair: Path, t1w: Path, path: Path, *, slice_mm: tuple[float, float]) -> None:
@@ -106,13 +110,11 @@ def write_pair(flair: Path, t1w: Path, path: Path, *, slice_mm: tuple[float, flo
     scans = {'FLAIR': load_scan(flair), 'T1w': load_scan(t1w)}
     grid = model_grid(scans['FLAIR'], in_plane_mm=1.0, slice_mm=slice_mm)
     moves = {'FLAIR': np.eye(4), 'T1w': register(scans['FLAIR'], scans['T1w'])}
-    np.savez_compressed(
-        path,
-        **{
-            name: normalise(resample(scan, grid, moves[name])).astype(np.float16)
-            for name, scan in scans.items()
-        },
-    )
+    arrays: dict[str, Any] = {
+        name: normalise(resample(scan, grid, moves[name])).astype(np.float16)
+        for name, scan in scans.items()
+    }
+    np.savez_compressed(path, **arrays)
 
 
 def write_lesions(masks: Mapping[str, Path], path: Path) -> None:
@@ -123,7 +125,7 @@ def write_lesions(masks: Mapping[str, Path], path: Path) -> None:
     ValueError
         If a mask is on another grid.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for subject, mask in masks.items():
         array = _canonical(mask) > 0
         if array.shape != MNI_SHAPE:

@@ -30,7 +30,7 @@ from bids_jointseg.inference import choose_device, probabilities
 from bids_jointseg.labels import CLASSES, TISSUES
 from bids_jointseg.losses import consistency_risk, supervised_risk
 from bids_jointseg.network import build, save_model
-from bids_jointseg.recipe import Recipe
+from bids_jointseg.recipe import Recipe, tuples
 from bids_jointseg.sampling import (
     Pairs,
     Person,
@@ -247,8 +247,8 @@ def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the current ones; statistics are copied."""
     for mean, value in zip(average.parameters(), network.parameters(), strict=True):
         mean.lerp_(value, 1 - decay)
-    for mean, value in zip(average.buffers(), network.buffers(), strict=True):
-        mean.copy_(value)
+    for kept, current in zip(average.buffers(), network.buffers(), strict=True):
+        kept.copy_(current)
 
 
 @torch.no_grad()
@@ -367,9 +367,7 @@ def train_recipe(
         masks[part] = read_lesions(cached, chosen)
         names[part][lesion_source.name] = chosen
     settings = Settings(architecture=recipe.architecture, **recipe.training)
-    samples = SampleSettings(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.samples.items()}
-    )
+    samples = SampleSettings(**tuples(recipe.samples))
 
     def windows(part: str, heads_share: float, number: int, length: int) -> Windows:
         return Windows(
