@@ -57,6 +57,9 @@ class Person:
     box: np.ndarray
 
 
+STEPS = 110
+"""Steps of a cached T1w between air and white matter: finer than its noise, in one byte."""
+
 # First and last voxel of the cerebrum in the 1 mm MNI152 space of the masks, whose canonical
 # grid is 182 x 218 x 182: measured on nilearn's ICBM152 brain mask, without the brainstem.
 MNI_SHAPE = (182, 218, 182)
@@ -96,7 +99,8 @@ def write_person(annotation: Path, protocol: str, scan: Path | None, path: Path)
     if scan is not None:
         t1w = _canonical(scan).astype(np.float32)
         kinds[(kinds == synth.AIR) & (t1w > 0)] = synth.CSF
-        arrays['t1w'] = (t1w / np.median(t1w[kinds == synth.WHITE])).astype(np.float16)
+        white = np.median(t1w[kinds == synth.WHITE])
+        arrays['t1w'] = (t1w / white * STEPS).round().clip(0, 255).astype(np.uint8)
     arrays['kinds'] = kinds
     box = list(_box(kinds != synth.AIR, 4))
     brain = _box(np.isin(kinds, synth.BRAIN), 0)
@@ -150,7 +154,7 @@ def read_person(path: Path) -> Person:
     with np.load(path) as stored:
         kinds = stored['kinds']
         sets = stored['sets']
-        t1w = stored['t1w'] if 't1w' in stored else None
+        t1w = stored['t1w'].astype(np.float16) / STEPS if 't1w' in stored else None
     table = np.full(256, len(CLASSES), dtype=np.uint8)
     for channel, name in enumerate(CLASSES):
         table[bits({name})] = channel
@@ -270,11 +274,39 @@ class Windows(torch.utils.data.Dataset[Sample]):
         points = augment.coordinates(
             augment.draw_geometry(rng, fine, slicing, centre, count / dense), generator
         )
+        shown = mask if with_lesions else None
+        return self.compose(person, points, dense, shown, jitter, rng, generator)
+
+    def compose(
+        self,
+        person: Person,
+        points: Tensor,
+        dense: int,
+        mask: Tensor | None,
+        jitter: np.ndarray,
+        rng: np.random.Generator,
+        generator: Generator,
+    ) -> Sample:
+        """Return the images and the target of one window.
+
+        Parameters
+        ----------
+        person
+            Whose head it is.
+        points
+            Voxel of the person for each point of the window, `(X, Y, Z * dense, 3)`.
+        dense
+            Points across a slice.
+        mask, jitter
+            A patient's lesions, or None, and the affine change of them.
+        rng, generator
+            Sources of all draws.
+        """
         channels = augment.warp(person.classes, points, 'nearest').to(torch.uint8)
         kinds = augment.warp(person.kinds, points, 'nearest').to(torch.uint8)
         white = ((kinds == synth.WHITE) & (channels != LESION)).float()
         lesion = (channels == LESION).float()
-        if with_lesions and mask is not None:
+        if mask is not None:
             matrix = torch.as_tensor(self._to_lesions(person.box, jitter), dtype=torch.float32)
             placed = augment.warp(mask, points @ matrix[:3, :3].T + matrix[:3, 3])
             lesion = torch.maximum(lesion, placed * white)
