@@ -627,7 +627,7 @@ def _png(picture: NDArray[np.uint8]) -> bytes:
 def _with_palette(picture: NDArray[np.uint8]) -> Image.Image:
     """Reduce a picture to 256 colours, which takes a third off the file and hardly shows.
 
-    Gray levels and the colours of the legend stay exact; the rest is the blends.
+    The gray levels and the colours of the legend have their place; the rest is for blends.
     """
     fixed = [(level, level, level) for level in np.rint(np.arange(64) * 255 / 63).astype(int)]
     fixed += [tuple(np.rint(_rgb(label.color) * 255).astype(int)) for label in CLASSES]
