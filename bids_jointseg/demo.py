@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from nibabel.affines import apply_affine
+from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -42,6 +42,7 @@ from bids_jointseg import __version__, image
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import nibabel as nib
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
@@ -231,14 +232,16 @@ def _template() -> Template:
     from nilearn.datasets import load_mni152_template, load_mni152_wm_template
 
     loaded = load_mni152_template(resolution=1)
-    # Room for nose and neck; the cord goes on below the template's last slice.
-    below, front = 28, 16
-    pad = ((0, 0), (0, front), (below, 0))
-    affine = np.array(loaded.affine, float)
-    affine[2, 3] -= below
-    brain = np.pad(loaded.get_fdata(dtype=np.float32), pad, mode='constant')
+    # Room for nose and neck, less air elsewhere; below its last slice the cord goes on.
+    below, front, air = 28, 16, 7
+    affine = loaded.affine @ from_matvec(np.eye(3), (air, air, -below))
+
+    def frame(volume: nib.Nifti1Image) -> Array:
+        data = volume.get_fdata(dtype=np.float32)[air:-air, air:, :-air]
+        return np.pad(data, ((0, 0), (0, front), (below, 0)))
+
+    brain, white = frame(loaded), frame(load_mni152_wm_template(resolution=1))
     brain[:, :, :below] = brain[:, :, below : below + 1]
-    white = np.pad(load_mni152_wm_template(resolution=1).get_fdata(dtype=np.float32), pad)
     grid = image.Grid(brain.shape, affine)
     x, y, z = _coordinates(grid)
 
@@ -356,22 +359,22 @@ def _lesions(
     (Dawson's fingers), and a rim of uneven width joins some of them.
     """
     x, y, z = _coordinates(grid)
-    away, nearest = ndimage.distance_transform_edt(~ventricles, return_indices=True)
+    if not any(subject.lesions):
+        return np.full(grid.shape, np.inf, np.float32)
+    away = ndimage.distance_transform_edt(~ventricles).astype(np.float32)
     cerebrum = (white > 0.75) & (z > -12) & (abs(y + 15) < 75) & (abs(x) > 10)
     uneven = 0.45 * _noise(grid.shape, 4, rng)
-    distance = np.full(grid.shape, 9, np.float32)
-    if subject.lesions[0]:
-        distance = away / np.maximum(0.5 + 1.6 * _noise(grid.shape, 20, rng), 0.1) - 1
+    distance = away / np.maximum(0.5 + 1.6 * _noise(grid.shape, 20, rng), 0.1) - 1
     places = ((away > 2) & (away < 6), (away > 9) & (away < 30) & (z > 5))
     for place, count, size in zip(places, subject.lesions, (3.6, 2.4), strict=True):
         candidates = np.argwhere(cerebrum & place)
         for centre in rng.permutation(candidates)[:count]:
             radius = size * np.exp(rng.normal(0, 0.3))
-            across = centre - nearest[(slice(None), *centre)]
-            across = across / np.linalg.norm(across)
-            stretch = rng.uniform(1.2, 1.9)
             low = np.maximum(centre - 15, 0)
             box = tuple(slice(a, b) for a, b in zip(low, centre + 16, strict=True))
+            across = np.array([slope[tuple(centre - low)] for slope in np.gradient(away[box])])
+            across /= np.linalg.norm(across) + 1e-6
+            stretch = rng.uniform(1.2, 1.9)
             offset = np.moveaxis(np.mgrid[box], 0, -1) - centre
             along = offset @ across
             round_ = np.sqrt((offset**2).sum(-1) + along**2 * (stretch**-2 - 1))
