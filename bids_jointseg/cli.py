@@ -500,3 +500,45 @@ def _warn_of_validation(settings: Settings) -> None:
 
 if __name__ == '__main__':
     sys.exit(main())
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Run ``jointseg-train`` and return its exit code."""
+    from bids_jointseg.recipe import RecipeError
+
+    training = argparse.ArgumentParser(
+        'jointseg-train',
+        description='Train the joint model from datasets that are each annotated for one task.',
+    )
+    training.add_argument('recipe', help='a recipe in the package (jointseg), or a TOML file')
+    training.add_argument('output_dir', type=_path, help='for checkpoint, curve and model')
+    training.add_argument('--data', type=_path, required=True, help='folder with the datasets')
+    training.add_argument('-w', '--work-dir', type=_path, help='for the cache [OUTPUT_DIR/work]')
+    training.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    training.add_argument('--omp-nthreads', type=int, default=1, help='threads of the training')
+    training.add_argument('--workers', type=int, default=1, help='processes for each dataset')
+    training.add_argument(
+        '--hours', type=float, default=float('inf'), help='stop after this time; go on later'
+    )
+    arguments = training.parse_args(argv)
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
+    LOGGER.setLevel(logging.INFO)
+    try:
+        from bids_jointseg.workflows.execution import configure_nipype
+        from bids_jointseg.workflows.training import init_training_wf
+
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        configure_nipype(arguments.output_dir / 'nipype.log', 0, False)
+        init_training_wf(
+            recipe=arguments.recipe,
+            data=arguments.data,
+            out_dir=arguments.output_dir,
+            work_dir=arguments.work_dir or arguments.output_dir / 'work',
+            device=arguments.device,
+            threads=arguments.omp_nthreads,
+            workers=arguments.workers,
+            seconds=arguments.hours * 3600,
+        ).run(plugin='Linear')
+    except RecipeError as error:
+        return _stop(Exit.USAGE, error)
+    return int(Exit.DONE)

@@ -43,6 +43,11 @@ LOGGER = logging.getLogger('bids_jointseg')
 LESION = next(label.index for label in LABELS if label.abbreviation == 'L')
 PLAUSIBLE_BRAIN_ML = (700, 2000)
 """Brain mask of a living person over five: outside, something went wrong."""
+LEAST_COVERAGE, FULL_COVERAGE = 0.1, 0.7
+"""Share of the head on the T1w that the FLAIR shows: less is an error, or worth a look.
+
+A clinical FLAIR leaves out the neck and the lower face, which a sagittal T1w shows.
+"""
 
 
 # --- files between nodes ------------------------------------------------------------------------
@@ -147,6 +152,7 @@ class _RegisterInput(BaseInterfaceInputSpec):
 
 class _RegisterOutput(TraitedSpec):
     transform = File(desc='points of the T1w -> points of the FLAIR, ITK affine')
+    flags = traits.List(traits.Str, desc='what is questionable')
 
 
 class Register(SimpleInterface):
@@ -157,22 +163,48 @@ class Register(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         inputs = self.inputs
+        volumes = _load_volumes(inputs)
         if isdefined(inputs.precomputed):
             matrix = image.load_itk(inputs.precomputed)
             matrix = np.linalg.inv(matrix) if inputs.inverse else matrix
         else:
             # One thread: the same result bit by bit every time.
-            volumes = _load_volumes(inputs)
             try:
                 matrix = image.register(
                     volumes['T1w'], volumes['FLAIR'], threads=1, seed=inputs.seed
                 )
             except ImageError as error:
                 raise ImageError(f'{inputs.pair}: {error}') from error
+        share = coverage(volumes['T1w'], volumes['FLAIR'], matrix)
+        if share < LEAST_COVERAGE:
+            raise ImageError(
+                f'{inputs.pair}: the two scans do not overlap (only {share:.0%} of the head): '
+                'check that they are of one person and session'
+            )
+        self._results['flags'] = []
+        if share < FULL_COVERAGE:
+            self._results['flags'] = [f'the FLAIR covers only {share:.0%} of the head on the T1w']
         path = Path.cwd() / 'transform.txt'
         image.save_itk(matrix, path)
         self._results['transform'] = str(path)
         return runtime
+
+
+def coverage(fixed: Volume, moving: Volume, matrix: NDArray[np.float64]) -> float:
+    """Return which share of the head on one scan lies within the field of view of another.
+
+    Parameters
+    ----------
+    fixed, moving
+        The scans.
+    matrix
+        (4, 4), RAS mm of `fixed` -> RAS mm of `moving`.
+    """
+    head = np.argwhere(fixed.data[::2, ::2, ::2] > image.foreground(fixed.data)) * 2
+    to_moving = np.linalg.inv(moving.grid.affine) @ matrix @ fixed.grid.affine
+    voxels = head @ to_moving[:3, :3].T + to_moving[:3, 3]
+    inside = (voxels >= -0.5) & (voxels <= np.array(moving.grid.shape) - 0.5)
+    return float(inside.all(axis=1).mean()) if len(head) else 0.0
 
 
 class _ToModelGridInput(BaseInterfaceInputSpec):
@@ -367,7 +399,8 @@ class _WriteInput(BaseInterfaceInputSpec):
     flair_labels = File()
     probabilities = File()
     entropy = File(mandatory=True)
-    flags = traits.List(traits.Str)
+    flags = traits.List(traits.Str, [], usedefault=True, desc='of the check')
+    alignment_flags = traits.List(traits.Str, [], usedefault=True, desc='of the registration')
 
 
 class _WriteOutput(TraitedSpec):
@@ -424,7 +457,7 @@ class WriteDerivatives(SimpleInterface):
                 if name != reference:
                     space = f'space-{reference}_'
                     data = image.resample(volume, grid, between[reference, name])
-                slope = float(np.abs(data).max()) / np.iinfo(np.int16).max
+                slope = (float(np.abs(data).max()) or 1.0) / np.iinfo(np.int16).max
                 write(f'{space}desc-preproc_{name}.nii.gz', data, dtype=np.int16, slope=slope)
             if len(volumes) == 2:
                 for start, end in (('FLAIR', 'T1w'), ('T1w', 'FLAIR')):
@@ -434,7 +467,12 @@ class WriteDerivatives(SimpleInterface):
                     image.save_itk(between[end, start], path)
 
         lesions = image.lesion_table(own == LESION, grid)
-        flags = [*scan.notes, *inputs.flags, *findings(own, volumes)]
+        flags = [
+            *scan.notes,
+            *inputs.flags,
+            *inputs.alignment_flags,
+            *findings(own, volumes),
+        ]
         bids.write_tables(
             out_dir,
             scan,
@@ -534,4 +572,108 @@ class DrawFigures(SimpleInterface):
             **arrays,
         )
         self._results['figures'] = [str(path) for path in written]
+        return runtime
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class _CacheInput(BaseInterfaceInputSpec):
+    annotation = File(exists=True, mandatory=True, desc='label map at 1 mm')
+    protocol = traits.Str(mandatory=True)
+    scan = traits.Either(None, File(exists=True), usedefault=True, desc='T1w; painted if None')
+    name = traits.Str(mandatory=True)
+
+
+class _CacheOutput(TraitedSpec):
+    person = File(desc='for bids_jointseg.sampling.read_person')
+
+
+class CachePerson(SimpleInterface):
+    """Cache one annotated person for training (:func:`.sampling.write_person`)."""
+
+    input_spec = _CacheInput
+    output_spec = _CacheOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_jointseg.sampling import write_person
+
+        inputs = self.inputs
+        path = Path.cwd() / f'{inputs.name}.npz'
+        scan = Path(inputs.scan) if inputs.scan else None
+        write_person(Path(inputs.annotation), inputs.protocol, scan, path)
+        self._results['person'] = str(path)
+        return runtime
+
+
+class _CachePairInput(BaseInterfaceInputSpec):
+    flair = File(exists=True, mandatory=True)
+    t1w = File(exists=True, mandatory=True)
+    slice_mm = traits.Tuple(traits.Float, traits.Float, mandatory=True)
+
+
+class _CachePairOutput(TraitedSpec):
+    pair = File(desc='for bids_jointseg.sampling.Pairs')
+
+
+class CachePair(SimpleInterface):
+    """Cache one unlabelled pair of scans for training (:func:`.sampling.write_pair`)."""
+
+    input_spec = _CachePairInput
+    output_spec = _CachePairOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_jointseg.sampling import write_pair
+
+        inputs = self.inputs
+        path = Path.cwd() / (Path(inputs.flair).name.split('.')[0] + '.npz')
+        write_pair(Path(inputs.flair), Path(inputs.t1w), path, slice_mm=inputs.slice_mm)
+        self._results['pair'] = str(path)
+        return runtime
+
+
+class _TrainInput(BaseInterfaceInputSpec):
+    recipe = traits.Str(mandatory=True, desc='name or path of the recipe')
+    people = InputMultiObject(File(exists=True), mandatory=True)
+    pairs = InputMultiObject(File(exists=True))
+    lesions = traits.Dict(mandatory=True, desc='subject -> mask in MNI space')
+    out_dir = traits.Str(mandatory=True, nohash=True, desc='checkpoints, curve and model')
+    device = traits.Str('auto', usedefault=True, nohash=True)
+    threads = traits.Int(1, usedefault=True, nohash=True)
+    workers = traits.Int(1, usedefault=True, nohash=True)
+    seconds = traits.Float(float('inf'), usedefault=True, nohash=True)
+    # Nipype gives GPU slots only to a node with a trait of this name.
+    use_gpu = traits.Bool(False, usedefault=True, nohash=True)
+
+
+class _TrainOutput(TraitedSpec):
+    card = File(desc='of the trained model')
+
+
+class Train(SimpleInterface):
+    """Train from cached people (:func:`.training.train_recipe`).
+
+    Checkpoints live in the output folder, outside of the node, whose folder Nipype empties.
+    """
+
+    input_spec = _TrainInput
+    output_spec = _TrainOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_jointseg.recipe import read_recipe
+        from bids_jointseg.training import train_recipe
+
+        inputs = self.inputs
+        card = train_recipe(
+            read_recipe(inputs.recipe),
+            people=[Path(path) for path in inputs.people],
+            pairs=[Path(path) for path in inputs.pairs] if isdefined(inputs.pairs) else [],
+            lesions={name: Path(path) for name, path in inputs.lesions.items()},
+            folder=Path(inputs.out_dir),
+            device=inputs.device,
+            threads=inputs.threads,
+            workers=inputs.workers,
+            seconds=inputs.seconds,
+        )
+        self._results['card'] = str(card.path)
         return runtime

@@ -11,6 +11,7 @@ finer; :func:`.image.plan_passes` decides whether that takes one pass of the net
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from copy import deepcopy
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from bids_jointseg.bids import Scan
     from bids_jointseg.card import ModelCard
     from bids_jointseg.config import Settings
+
+LOGGER = logging.getLogger('bids_jointseg')
 
 STAGES = {
     'check': 'checked',
@@ -303,7 +306,7 @@ def init_scan_wf(
             (check, register, [('t1w', 't1w'), ('flair', 'flair')]),
             (register, resample, [('transform', 'transform')]),
             (register, to_native, [('transform', 'transform')]),
-            (register, write, [('transform', 'transform')]),
+            (register, write, [('transform', 'transform'), ('flags', 'alignment_flags')]),
             (register, figures, [('transform', 'transform')]),
             (register, outputnode, [('transform', 'transform')]),
         ])  # fmt: skip
@@ -338,7 +341,10 @@ def run(
     base = Path(workflow.base_dir)
     base.mkdir(parents=True, exist_ok=True)
     if settings.write_graph:
-        workflow.write_graph(graph2use='colored', format='svg', simple_form=True)
+        try:
+            workflow.write_graph(graph2use='colored', format='svg', simple_form=True)
+        except OSError:
+            LOGGER.warning('--write-graph: install graphviz for a drawing; %s has the graph', base)
     alone = sum(scan.t1w is None or scan.flair is None for scan in scans)
     failures = execution.run(
         workflow,
