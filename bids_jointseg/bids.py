@@ -235,7 +235,8 @@ def _voxel_mm3(path: Path) -> float:
     import numpy as np
 
     try:
-        zooms = nibabel.load(path).header.get_zooms()[:3]
+        header: Any = nibabel.load(path).header
+        zooms = header.get_zooms()[:3]
     except Exception:  # an unreadable file is reported by name when its scan is processed
         return float('inf')
     return float(np.prod(zooms))
@@ -521,7 +522,7 @@ def write_tables(
 
     brain = sum(volumes.values())
     table = derivative(out_dir, scan, 'seg-jointseg_morph.json')
-    rows = [
+    classes = [
         {
             'index': label.index,
             'name': label.abbreviation,
@@ -533,7 +534,7 @@ def write_tables(
         for label in LABELS[1:]
     ]
     for suffix in ('.tsv', '.csv'):
-        write_table(table.with_suffix(suffix), tuple(VOLUME_COLUMNS), rows)
+        write_table(table.with_suffix(suffix), tuple(VOLUME_COLUMNS), classes)
     record = {
         'Sources': sources,
         'brain_volume_mm3': round(brain, 2),

@@ -24,7 +24,7 @@ from bids_jointseg import __version__
 from bids_jointseg.config import ANALYSES, LEVELS, Settings, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from bids_jointseg.bids import Scan, Skipped
     from bids_jointseg.card import ModelCard
@@ -377,8 +377,8 @@ def _participant(settings: Settings) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     begun = time.monotonic()
     failures = participant.run(workflow, scans, settings, *plugin)
-    subjects = tuple(dict.fromkeys(scan.subject for scan in scans))
-    code = write_reports(settings, card, finished_subjects(settings, subjects))
+    finished = finished_subjects(settings, {scan.subject for scan in scans})
+    code = write_reports(settings, card, finished)
 
     rows = [(item.scan, item.stage, item.reason) for item in failures]
     rows += [(item.path.name, 'plan', item.reason) for item in skipped if item.failed]
@@ -399,7 +399,7 @@ def _participant(settings: Settings) -> int:
     return Exit.REPORT_FAILED if rows else code
 
 
-def finished_subjects(settings: Settings, chosen: Sequence[str] = ()) -> list[str]:
+def finished_subjects(settings: Settings, chosen: Collection[str] = ()) -> list[str]:
     """Return the participants who have complete results, of those that were chosen."""
     labels = chosen or settings.participant_label
     found = {

@@ -43,6 +43,8 @@ LOGGER = logging.getLogger('bids_jointseg')
 LESION = next(label.index for label in LABELS if label.abbreviation == 'L')
 PLAUSIBLE_BRAIN_ML = (700, 2000)
 """Brain mask of a living person over five: outside, something went wrong."""
+CUT_MM2 = 1000
+"""Brain on the outermost plane of a scan: more than the brainstem, so something is missing."""
 LEAST_COVERAGE, FULL_COVERAGE = 0.1, 0.7
 """Share of the head on the T1w that the FLAIR shows: less is an error, or worth a look.
 
@@ -81,7 +83,7 @@ def _load_volumes(inputs: Any) -> dict[str, Volume]:
     return {name: _load_volume(path) for name, path in given.items() if isdefined(path)}
 
 
-def _between(transform: Any) -> dict[tuple[str, str], NDArray[np.float64]]:
+def _between(transform: Any) -> dict[tuple[str, str], NDArray[Any]]:
     """Return (from, to) -> matrix that maps points, RAS mm, of one scan to the other."""
     matrix = image.load_itk(transform) if isdefined(transform) else np.eye(4)
     return {
@@ -165,7 +167,7 @@ class Register(SimpleInterface):
         inputs = self.inputs
         volumes = _load_volumes(inputs)
         if isdefined(inputs.precomputed):
-            matrix = image.load_itk(inputs.precomputed)
+            matrix: NDArray[Any] = image.load_itk(inputs.precomputed)
             matrix = np.linalg.inv(matrix) if inputs.inverse else matrix
         else:
             # One thread: the same result bit by bit every time.
@@ -190,7 +192,7 @@ class Register(SimpleInterface):
         return runtime
 
 
-def coverage(fixed: Volume, moving: Volume, matrix: NDArray[np.float64]) -> float:
+def coverage(fixed: Volume, moving: Volume, matrix: NDArray[Any]) -> float:
     """Return which share of the head on one scan lies within the field of view of another.
 
     Parameters
@@ -445,12 +447,15 @@ class WriteDerivatives(SimpleInterface):
         if inputs.level == 'full':
             stripped = skull_stripped(volumes[reference], brain)
             write('desc-brain_mask.nii.gz', brain.astype(np.uint8))
-            half = {'dtype': np.uint8, 'slope': 1 / 255}
             probabilities = np.load(inputs.probabilities, mmap_mode='r')
             for name, array in zip(CLASSES[1:], probabilities[1:], strict=True):
-                write(f'seg-jointseg_label-{name}_probseg.nii.gz', array / np.float32(255), **half)
+                write(
+                    f'seg-jointseg_label-{name}_probseg.nii.gz',
+                    array / np.float32(255),
+                    slope=1 / 255,
+                )
             uncertainty = np.load(inputs.entropy).astype(np.float32)
-            write('seg-jointseg_desc-entropy_probseg.nii.gz', uncertainty, **half)
+            write('seg-jointseg_desc-entropy_probseg.nii.gz', uncertainty, slope=1 / 255)
             between = _between(inputs.transform)
             for name, volume in volumes.items():
                 space, data = '', volume.data
@@ -522,8 +527,13 @@ def findings(labels: NDArray[np.uint8], volumes: Mapping[str, Volume]) -> list[s
             f'brain volume {millilitres:.0f} mL is not between {low} and {high} mL: '
             'look at the figures'
         )
-    cut = [labels.take(end, axis=axis).any() for axis in range(3) for end in (0, -1)]
-    if any(cut):
+    spacing = grid.spacing_mm
+    areas = [
+        (labels.take(end, axis=axis) > 0).sum() * spacing.prod() / spacing[axis]
+        for axis in range(3)
+        for end in (0, -1)
+    ]
+    if max(areas) > CUT_MM2:
         found.append('the brain reaches the edge of the scan: volumes may be too small')
     if 'FLAIR' not in volumes:
         found.append('no FLAIR: lesions are judged on the T1w alone and many are missed')
