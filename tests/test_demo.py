@@ -36,6 +36,19 @@ def load(*parts):
     return nib.load(demo.Path(*parts)).get_fdata(dtype=np.float32)
 
 
+def true_motion():
+    """Return the matrix that maps points of sub-01's T1w to its FLAIR, in mm."""
+    t1w, flair = (scan for scan in demo.ACQUISITIONS if scan.subject == '01')
+    return demo._rigid(flair.pose) @ np.linalg.inv(demo._rigid(t1w.pose))
+
+
+def displacement(matrix, other):
+    """Return how far apart two transforms put points of the head, in mm, on average."""
+    points = np.array([*itertools.product((-60, 60), (-80, 50), (-40, 60)), (0, 0, 0)], float)
+    difference = np.asarray(matrix) - other
+    return np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean()
+
+
 def dice(a, b):
     return 2 * (a & b).sum() / max(a.sum() + b.sum(), 1)
 
@@ -123,18 +136,14 @@ def test_controls_have_no_lesions_and_lesions_grow(dataset):
 
 def test_the_patient_moves_between_scans():
     """Headers alone must not align the pair, or the demonstration would not test registration."""
-    t1w, flair = (scan for scan in demo.ACQUISITIONS if scan.subject == '01')
-    motion = demo._rigid(t1w.pose) @ np.linalg.inv(demo._rigid(flair.pose))
-    corners = np.array([*itertools.product((-60, 60), (-80, 50), (-40, 60)), (0, 0, 0)], float)
-    moved = corners @ motion[:3, :3].T + motion[:3, 3]
-    assert 3 < np.linalg.norm(moved - corners, axis=1).mean() < 15
+    assert 3 < displacement(true_motion(), np.eye(4)) < 15
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_jointseg_finds_the_lesions(dataset, record_property):
     """The whole demonstration; Dice of the lesions is that of synthetic scans, no accuracy."""
-    from bids_jointseg import cli
+    from bids_jointseg import cli, image
 
     bids, derivatives = str(dataset / 'bids'), dataset / 'derivatives'
     work = str(dataset / 'work')
@@ -142,6 +151,9 @@ def test_jointseg_finds_the_lesions(dataset, record_property):
     assert cli.main([bids, str(derivatives), 'group']) == 0
     reports = {path.name for path in derivatives.glob('*.html')}
     assert reports == {'sub-01.html', 'sub-02.html', 'sub-03.html', 'group.html'}
+
+    transform = 'sub-01/anat/sub-01_from-FLAIR_to-T1w_mode-image_xfm.txt'
+    assert displacement(image.load_itk(derivatives / transform), true_motion()) < 1
 
     scores = {}
     for name in sorted(MASKS):
