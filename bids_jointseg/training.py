@@ -2,8 +2,6 @@
 
 Each iteration draws one sample of a control with its own T1w and one of a painted head, and adds
 the unlabelled term of the risk on pairs of real T1w and FLAIR (:mod:`bids_jointseg.losses`).
-Batch statistics are frozen after a part of the run, so that the network that is trained is the
-one that is used: with fixed statistics, an answer cannot depend on the margins of the volume.
 
 A checkpoint appears whole or not at all and holds everything; a killed run goes on from it.
 """
@@ -25,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from bids_jointseg.card import ModelCard
+from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.inference import choose_device, probabilities
 from bids_jointseg.labels import CLASSES, TISSUES
 from bids_jointseg.losses import consistency_risk, supervised_risk
-from bids_jointseg.network import build, save_model
+from bids_jointseg.network import build, load_model, save_model
 from bids_jointseg.recipe import Recipe, tuples
 from bids_jointseg.sampling import (
     Pairs,
@@ -59,25 +57,25 @@ class Settings:
         Iterations; the learning rate falls to zero over them (polynomial, power 0.9).
     rate, decay
         Of AdamW.
-    freeze
-        Share of the run after which normalisation keeps its statistics.
     consistency_from, consistency_every
         Warm-up of the unlabelled term, and the iterations between two of them.
     average
         Decay of the moving average of the weights, which is what is exported.
     seed
         Of weights and samples.
+    init
+        Name or card of a model to start from, or '' to start from random weights.
     """
 
     architecture: dict[str, Any]
     steps: int = 5000
     rate: float = 3e-3
     decay: float = 1e-4
-    freeze: float = 0.35
     consistency_from: int = 800
     consistency_every: int = 8
     average: float = 0.997
     seed: int = 2019
+    init: str = ''
     save_every: int = 100
 
 
@@ -115,7 +113,10 @@ def run(
     """
     torch.manual_seed(settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    network = build(settings.architecture).to(device)
+    network = build(settings.architecture)
+    if settings.init:
+        network.load_state_dict(load_model(read_card(settings.init)).state_dict())
+    network = network.to(device)
     average = deepcopy(network).requires_grad_(False)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.rate, weight_decay=settings.decay
@@ -137,8 +138,6 @@ def run(
     started, recent = time.monotonic(), []
     for step in range(first, settings.steps):
         network.train()
-        if step >= settings.freeze * settings.steps:
-            _freeze(network)
         for group in optimiser.param_groups:
             group['lr'] = settings.rate * _schedule(step, settings.steps)
         values = []
@@ -228,13 +227,6 @@ def _agreement(network: nn.Module, sample: Sample, turn: int) -> Tensor:
     some = probabilities(network, {one: sample.images[one]})
     believed = (everything[:, LESION : LESION + 1] > 0.3).float()
     return consistency_risk(everything, some, believed)
-
-
-def _freeze(network: nn.Module) -> None:
-    """Make normalisation use its running statistics; its scale and shift go on learning."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm3d):
-            layer.eval()
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -9,7 +9,14 @@ import torch
 
 from bids_jointseg.card import ModelCard, ModelError, read_card
 from bids_jointseg.inference import _starts, predict
-from bids_jointseg.network import HighResNet, UNet, build, load_model, save_model
+from bids_jointseg.network import (
+    BatchRenorm,
+    HighResNet,
+    UNet,
+    build,
+    load_model,
+    save_model,
+)
 
 SMALL = {
     'unet': {'name': 'unet', 'channels': [4, 8, 8]},
@@ -157,3 +164,18 @@ def test_unknown_models_and_broken_cards(tmp_path):
         read_card(broken)
     with pytest.raises(ModelError, match="architecture 'vgg'"):
         build({'name': 'vgg'})
+
+
+def test_renormalisation_trains_on_what_inference_computes():
+    torch.manual_seed(0)
+    layer = BatchRenorm(3, momentum=0.0)
+    layer.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
+    layer.running_var.copy_(torch.tensor([1.5, 0.8, 1.2]))
+    x = torch.randn(1, 3, 6, 6, 6) * 1.1 + 0.2
+    training = layer.train()(x)
+    inference = layer.eval()(x)
+    assert torch.allclose(training, inference, atol=1e-4)
+    # The gradient is batch normalisation's: a shift of the whole batch would change nothing.
+    x.requires_grad_()
+    (layer.train()(x) * torch.randn(1, 3, 6, 6, 6)).sum().backward()
+    assert x.grad.sum((0, 2, 3, 4)).abs().max() < 1e-3

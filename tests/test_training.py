@@ -169,7 +169,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(people, lesions, tmp_path
     data = windows(people, lesions)
     settings = TrainingSettings(
         architecture={'name': 'unet', 'channels': [4, 8]},
-        steps=6, freeze=0.5, consistency_from=1, consistency_every=2, save_every=2,
+        steps=6, consistency_from=1, consistency_every=2, save_every=2,
     )  # fmt: skip
 
     def train(folder: Path, seconds: float = float('inf')):
