@@ -41,6 +41,8 @@ class ModelCard:
     slice_mm
         Smallest and largest slice distance that the model was trained for: a scan's own slices
         are kept where their distance lies between the two.
+    window
+        Voxels of the windows that the network is used on, or None for whole volumes.
     landmarks
         Modality -> intensities at the percentiles of histogram scaling, or None for none.
     licence
@@ -60,6 +62,7 @@ class ModelCard:
     classes: tuple[str, ...] = CLASSES
     in_plane_mm: float = 1.0
     slice_mm: tuple[float, float] = (1.0, 1.0)
+    window: tuple[int, int, int] | None = None
     landmarks: dict[str, list[float]] | None = None
     licence: str = ''
     sha256: str = ''
@@ -117,8 +120,8 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
         unknown = set(record) - {entry.name for entry in fields(ModelCard)}
         if unknown:
             raise TypeError(f'unknown entries {sorted(unknown)}')
-        for name in ('modalities', 'classes', 'slice_mm'):
-            if name in record:
+        for name in ('modalities', 'classes', 'slice_mm', 'window'):
+            if record.get(name) is not None:
                 record[name] = tuple(record[name])
         card = ModelCard(**record | {'path': path})
         if card.classes != CLASSES:
@@ -127,6 +130,8 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
             raise TypeError(f'modalities are {list(card.modalities)}')
         if not (card.in_plane_mm > 0 and 0 < card.slice_mm[0] <= card.slice_mm[1]):
             raise TypeError('the grid is not a positive size')
+        if card.window is not None and not (len(card.window) == 3 and min(card.window) > 0):
+            raise TypeError(f'window is {list(card.window)}, not three sizes')
     except (TypeError, IndexError) as error:
         raise ModelError(f'{path}: not a model card of this version: {error}') from error
     return card

@@ -62,6 +62,7 @@ class Recipe:
     modalities: tuple[str, ...] = ('T1w', 'FLAIR')
     in_plane_mm: float = 1.0
     slice_mm: tuple[float, float] = (1.0, 1.0)
+    window: tuple[int, int, int] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
 

@@ -389,6 +389,7 @@ def train_recipe(
         modalities=recipe.modalities,
         in_plane_mm=recipe.in_plane_mm,
         slice_mm=recipe.slice_mm,
+        window=recipe.window,
         licence=recipe.licence,
         training={
             'steps': settings.steps,

@@ -10,8 +10,8 @@ import torch
 from bids_jointseg.card import ModelCard, ModelError, read_card
 from bids_jointseg.inference import _starts, predict
 from bids_jointseg.network import (
-    BatchRenorm,
     HighResNet,
+    InstanceNorm,
     UNet,
     build,
     load_model,
@@ -66,29 +66,21 @@ def test_the_papers_network_layer_by_layer():
     assert sum(p.numel() for p in network.parameters()) == 846216
 
 
-def test_margins_do_not_change_the_default_networks_answer():
-    torch.manual_seed(0)
-    network = UNet(channels=[4, 8, 8]).eval()
-    image = np.random.default_rng(0).normal(size=(48, 48, 32)).astype(np.float32)
-    air = float(image.min())
-    wide = np.full((112, 48, 32), air, np.float32)
-    wide[32:80] = image
-    first = predict(network, {'T1w': image}, device='cpu')
-    second = predict(network, {'T1w': wide}, device='cpu')[:, 32:80]
-    inner = (slice(None), slice(20, 28))
-    assert np.abs(first[inner] - second[inner]).max() < 1e-4
+class Pointwise(torch.nn.Module):
+    """Answers from each voxel alone: what windows cannot change."""
+
+    def forward(self, images):
+        mean = sum(images.values()) / len(images)
+        return torch.cat([mean * k for k in range(8)], dim=1)
 
 
 def test_windows_cover_a_volume_and_blend():
-    torch.manual_seed(0)
-    network = build(SMALL['unet']).eval()
     arrays = {name: x[0, 0].numpy() for name, x in images(24, 20, 90).items()}
-    whole = predict(network, arrays, device='cpu')
-    parts = predict(network, arrays, device='cpu', window=(24, 20, 48))
+    whole = predict(Pointwise(), arrays, device='cpu')
+    parts = predict(Pointwise(), arrays, device='cpu', window=(16, 20, 48))
     assert whole.shape == (8, 24, 20, 90)
+    np.testing.assert_allclose(parts, whole, atol=2e-3)
     np.testing.assert_allclose(parts.sum(0), 1, atol=1e-4)
-    # Deep inside a window the answer is the whole volume's.
-    assert np.abs(whole - parts)[..., 4:12].max() < 0.02
     for size, width in ((10, 10), (90, 48), (200, 64)):
         covered = np.zeros(size)
         for start in _starts(size, width):
@@ -166,16 +158,12 @@ def test_unknown_models_and_broken_cards(tmp_path):
         build({'name': 'vgg'})
 
 
-def test_renormalisation_trains_on_what_inference_computes():
+def test_normalisation_is_per_image():
     torch.manual_seed(0)
-    layer = BatchRenorm(3, momentum=0.0)
-    layer.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3]))
-    layer.running_var.copy_(torch.tensor([1.5, 0.8, 1.2]))
-    x = torch.randn(1, 3, 6, 6, 6) * 1.1 + 0.2
-    training = layer.train()(x)
-    inference = layer.eval()(x)
-    assert torch.allclose(training, inference, atol=1e-4)
-    # The gradient is batch normalisation's: a shift of the whole batch would change nothing.
-    x.requires_grad_()
-    (layer.train()(x) * torch.randn(1, 3, 6, 6, 6)).sum().backward()
-    assert x.grad.sum((0, 2, 3, 4)).abs().max() < 1e-3
+    layer = InstanceNorm(3)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, 6, 5, 4) * 3 + 1
+    expected = torch.nn.functional.instance_norm(x, weight=layer.weight, bias=layer.bias)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.allclose(layer(x[:1]), expected[:1], atol=1e-5)
