@@ -306,12 +306,19 @@ class Segment(SimpleInterface):
         from bids_jointseg.network import load_model
 
         inputs = self.inputs
-        network = load_model(read_card(inputs.model))
+        card = read_card(inputs.model)
+        network = load_model(card)
         passes = []
         for path in inputs.passes:
             images = _load(path)
             affine = images.pop('affine')
-            probabilities = predict(network, images, device=inputs.device, threads=inputs.threads)
+            probabilities = predict(
+                network,
+                images,
+                window=card.window,
+                device=inputs.device,
+                threads=inputs.threads,
+            )
             # Half precision resolves far more than the 1/255 that is written in the end.
             half = probabilities.astype(np.float16)
             passes.append(_save(Path(path).stem, affine=affine, probabilities=half))
