@@ -139,32 +139,35 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
         raise BidsError(f'{root}: no participant {", ".join(unknown)}: check --participant-label')
     chosen = [label for label in subjects if label in (settings.participant_label or subjects)]
     filters = read_filters(settings.bids_filter_file)
-    layout = _index(settings, chosen)
+    layout = _index(settings)
     restricted = bool(settings.session_label or any(filters.values()))
 
-    scans: list[Scan] = []
+    found: dict[str, dict[str, list[Path]]] = {kind: {} for kind in QUERIES}
     skipped: list[Skipped] = []
+    for kind, query in QUERIES.items():
+        query = dict(query)
+        if settings.participant_label:
+            query['subject'] = chosen
+        if settings.session_label:
+            query['session'] = list(settings.session_label)
+        for path in _query(layout, root, query | filters[kind], kind):
+            part = entities(path).get('part', 'mag')
+            if part != 'mag':
+                skipped.append(Skipped(path, f'part-{part} is not a magnitude image'))
+            elif kind in settings.ignore:
+                skipped.append(Skipped(path, f'--ignore {kind}'))
+            else:
+                found[kind].setdefault(entities(path)['sub'], []).append(path)
+
+    scans: list[Scan] = []
     for subject in chosen:
-        found: dict[str, list[Path]] = {}
-        for kind, query in QUERIES.items():
-            query = query | {'subject': subject}
-            if settings.session_label:
-                query['session'] = list(settings.session_label)
-            found[kind] = _query(layout, root, query | filters[kind], kind)
-            for path in found[kind][:]:
-                reason = ''
-                if entities(path).get('part', 'mag') != 'mag':
-                    reason = f'part-{entities(path)["part"]} is not a magnitude image'
-                elif kind in settings.ignore:
-                    reason = f'--ignore {kind}'
-                if reason:
-                    skipped.append(Skipped(path, reason))
-                    found[kind].remove(path)
-        scans += pair(found['t1w'], found['flair'])
-        if not any(found.values()):
+        t1ws, flairs = (found[kind].get(subject, []) for kind in QUERIES)
+        scans += pair(t1ws, flairs)
+        if not (t1ws or flairs):
             where = ' with these sessions and filters' if restricted else ''
             reason = f'no T1w and no FLAIR{where}'
             skipped.append(Skipped(root / f'sub-{subject}', reason, failed=not restricted))
+    skipped.sort(key=lambda item: item.path)
 
     if not scans:
         raise DataError(
@@ -291,13 +294,20 @@ def _special(value: object) -> object:
     return special.get(value, value) if isinstance(value, str | None) else value
 
 
-def _index(settings: Settings, subjects: Sequence[str]) -> Any:
+def _index(settings: Settings) -> Any:
     """Return a pybids layout of the chosen participants, or of all where it is kept on disk."""
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
-    ignore = [r'^/(code|derivatives|models|sourcedata|stimuli)(/|$)', r'/\.']
-    if settings.bids_database_dir is None:
-        ignore.append(rf'^/sub-(?!({"|".join(map(re.escape, subjects))})(/|$))')
+    # An entry is looked at for every file of the dataset: leave out what is never asked for.
+    ignore = [
+        r'^/(code|derivatives|models|sourcedata|stimuli)(/|$)',
+        r'/\.',
+        r'^/sub-[^/]+/(ses-[^/]+/)?(beh|dwi|eeg|fmap|func|ieeg|meg|micr|motion|nirs|perf|pet)(/|$)',
+        r'\.(json|tsv|tsv\.gz)$',
+    ]
+    chosen = settings.participant_label
+    if chosen and settings.bids_database_dir is None:
+        ignore.append(rf'^/sub-(?!({"|".join(map(re.escape, chosen))})(/|$))')
     indexer = BIDSLayoutIndexer(
         validate=False, index_metadata=False, ignore=[re.compile(item) for item in ignore]
     )

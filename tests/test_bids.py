@@ -124,12 +124,12 @@ def test_plan_reads_a_dataset(tmp_path):
     ]
 
 
-def test_plan_indexes_only_the_chosen(tmp_path, monkeypatch):
+def test_plan_indexes_only_the_chosen(tmp_path):
     settings = make(tmp_path / 'bids', 'sub-1_T1w', 'sub-12_T1w', 'sub-2_T1w')
-    layout = bids._index(settings, ['1'])
+    layout = bids._index(with_(settings, participant_label=('1',)))
     assert layout.get_subjects() == ['1']
-    scans, _ = bids.plan(with_(settings, participant_label=('12',)))
-    assert [scan.stem for scan in scans] == ['sub-12']
+    scans, _ = bids.plan(with_(settings, participant_label=('2', '12')))
+    assert [scan.stem for scan in scans] == ['sub-12', 'sub-2']
 
 
 def test_plan_selects(tmp_path):

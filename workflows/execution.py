@@ -6,6 +6,7 @@ of the run. The console gets one line per finished stage.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -67,6 +68,11 @@ class SurvivingMultiProc(MultiProcPlugin):
             initargs=self._initargs,
         )
 
+    def _prerun_check(self, graph: Any) -> None:
+        super()._prerun_check(graph)
+        # Nipype collects garbage whenever it looks for work; the graph need not be looked at.
+        gc.freeze()
+
     def _async_callback(self, args: Any) -> None:
         if args.exception() is None and not args.cancelled():
             super()._async_callback(args)
@@ -86,6 +92,7 @@ class SurvivingMultiProc(MultiProcPlugin):
 
     def close(self) -> None:
         """End what still runs."""
+        gc.unfreeze()
         workers = list((self.pool._processes or {}).values())
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
