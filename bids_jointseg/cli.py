@@ -7,6 +7,7 @@ needs neither PyTorch nor Nipype.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import re
@@ -217,8 +218,9 @@ def read_arguments(argv: Sequence[str]) -> Settings:
             given[name] = tuple(given[name])
     if 'derivatives' in given:
         given['derivatives'] = dict(map(_named_folder, given['derivatives']))
-    if '/' in given.get('model', ''):
-        given['model'] = str(_path(given['model']))
+    model = given.get('model', '')
+    if '/' in model or model.endswith(('.json', '.safetensors')):
+        given['model'] = str(_path(model))  # nodes run in folders of their own
     config_file = given.pop('config_file', None)
     if config_file is None:
         return Settings(**given)
@@ -363,6 +365,9 @@ def _participant(settings: Settings) -> int:
     if not (settings.skip_bids_validation or settings.boilerplate_only):
         _warn_of_validation(settings)
     LOGGER.info('model %s %s, licence of the weights: %s', card.name, card.version, card.licence)
+
+    if settings.resource_monitor and importlib.util.find_spec('psutil') is None:
+        LOGGER.warning('--resource-monitor does nothing without psutil: pip install psutil')
 
     # Nipype is imported here, after what it reads of the environment has been set.
     from bids_jointseg.citation import write_citation

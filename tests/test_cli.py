@@ -79,8 +79,8 @@ def test_dry_run_says_what_is_left_out(dataset, tmp_path):
     tail = done.stdout.split('left out')[1].splitlines()[1:]
     assert [line.split(maxsplit=1) for line in tail] == [
         ['sub-01/anat/sub-01_FLAIR.nii.gz', '--ignore flair'],
-        ['sub-03/ses-1/anat/sub-03_ses-1_FLAIR.nii.gz', '--ignore flair'],
         ['sub-03', 'no T1w and no FLAIR'],
+        ['sub-03/ses-1/anat/sub-03_ses-1_FLAIR.nii.gz', '--ignore flair'],
     ]
 
 

@@ -25,6 +25,9 @@ ACCEPTED = {
 }
 
 
+SMALL = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}
+
+
 def jointseg(*arguments: str | Path) -> int:
     return cli.main([str(argument) for argument in arguments])
 
@@ -301,17 +304,16 @@ def test_bad_scans_are_named_and_the_others_are_complete(model, tmp_path, capfd)
     def path(subject: str, suffix: str = 'T1w') -> Path:
         return root / f'sub-{subject}' / 'anat' / f'sub-{subject}_{suffix}.nii.gz'
 
-    small = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}
-    put(draw_head('T1w', **small), path('good'))
-    put(draw_head('T1w', **small), path('truncated'))
+    put(draw_head('T1w', **SMALL), path('good'))
+    put(draw_head('T1w', **SMALL), path('truncated'))
     whole = path('truncated').read_bytes()
     path('truncated').write_bytes(whole[: len(whole) // 2])
     path('text').parent.mkdir(parents=True)
     path('text').write_text('this is not an image')
     for kind in ('nan', 'constant', '4d', 'zero affine'):
         put(broken_t1w(kind), path(kind.replace(' ', '')))
-    put(draw_head('T1w', **small), path('flair'))
-    put(draw_head('FLAIR', **small), path('flair', 'FLAIR'))
+    put(draw_head('T1w', **SMALL), path('flair'))
+    put(draw_head('FLAIR', **SMALL), path('flair', 'FLAIR'))
     path('flair', 'FLAIR').write_bytes(b'')
     path('link').parent.mkdir(parents=True)
     path('link').symlink_to(tmp_path / 'annex' / 'not-here.nii.gz')
@@ -350,10 +352,9 @@ def test_bad_scans_are_named_and_the_others_are_complete(model, tmp_path, capfd)
 def test_a_flair_elsewhere_is_an_error(model, tmp_path, capfd):
     """Two scans that share no tissue, whatever the start of the search."""
     root = describe_dataset(tmp_path / 'bids')
-    small = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}
     anat = root / 'sub-1' / 'anat'
-    put(draw_head('T1w', **small), anat / 'sub-1_T1w.nii.gz')
-    put(draw_head('FLAIR', **small), anat / 'sub-1_FLAIR.nii.gz')
+    put(draw_head('T1w', **SMALL), anat / 'sub-1_T1w.nii.gz')
+    put(draw_head('FLAIR', **SMALL), anat / 'sub-1_FLAIR.nii.gz')
     # A transform that was given does not bring them together either.
     far = np.eye(4)
     far[:3, 3] = 1000
@@ -432,21 +433,40 @@ def test_a_killed_worker_is_a_failure_and_the_others_go_on(tmp_path):
     assert progress.done == 3
 
 
-def test_other_plugins_run_the_same(dataset, model, tmp_path):
+def test_another_plugin_and_another_configuration(model, tmp_path, caplog):
+    root = describe_dataset(tmp_path / 'bids')
+    put(draw_head('T1w', **SMALL), root / 'sub-1' / 'anat' / 'sub-1_T1w.nii.gz')
     plugin = tmp_path / 'plugin.yml'
     plugin.write_text('plugin: Linear\n')
     out = tmp_path / 'out'
-    command = (dataset, out, 'participant', '--model', model, '-w', tmp_path / 'work')
-    code = jointseg(
-        *command,
-        *('--participant-label', '02', '--level', 'minimal', '--use-plugin', plugin),
-        *('--fast', '--write-graph', '--skip-bids-validation'),
+    command = [root, out, 'participant', '--model', model, '-w', tmp_path / 'work']
+    command += ['--level', 'minimal', '--use-plugin', plugin, '--skip-bids-validation']
+    assert jointseg(*command, '--fast', '--write-graph') == 0
+    summary = out / 'sub-1' / 'anat' / 'sub-1_seg-jointseg_morph.json'
+    assert json.loads(summary.read_text())['configuration']['fast'] is True
+
+    # What does not depend on what changed is kept, the rest is computed again.
+    caplog.clear()
+    assert jointseg(*command) == 0
+    configuration = json.loads(summary.read_text())['configuration']
+    assert (configuration['fast'], configuration['level']) == (False, 'minimal')
+    assert list((tmp_path / 'work').glob('jointseg-*/jointseg_wf/graph*'))
+
+
+def test_scans_are_complete_without_their_figures(model, tmp_path, capfd):
+    root = describe_dataset(tmp_path / 'bids')
+    put(draw_head('T1w', **SMALL), root / 'sub-1' / 'anat' / 'sub-1_T1w.nii.gz')
+    out = tmp_path / 'out'
+    (out / 'sub-1').mkdir(parents=True)
+    (out / 'sub-1' / 'figures').touch()  # in the way
+    command = (root, out, 'participant', '--model', model, '-w', tmp_path / 'work')
+    code = jointseg(*command, '--level', 'minimal', '--skip-bids-validation')
+    assert code == cli.Exit.REPORT_FAILED
+    assert capfd.readouterr().out.splitlines()[1].split()[:2] == ['sub-1', 'figures']
+    scan = Scan('1', None, Path('T1w'), None, 'sub-1')
+    assert all(
+        bids.derivative(out, scan, suffix).exists() for suffix in bids.expected(scan, 'minimal')
     )
-    assert code == 0
-    assert (out / 'sub-02' / 'anat' / 'sub-02_seg-jointseg_dseg.nii.gz').exists()
-    summary = json.loads((out / 'sub-02' / 'anat' / 'sub-02_seg-jointseg_morph.json').read_text())
-    assert summary['configuration']['fast'] is True
-    assert summary['configuration']['level'] == 'minimal'
 
 
 def test_several_runs_are_each_processed(dataset, tmp_path, capfd):
