@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument(
         '--fast',
         action='store_true',
-        help='one pass of the network per scan, on the coarsest slices that it accepts',
+        help='one pass of the network per scan, without its mirror image',
     )
     method.add_argument(
         '--level',

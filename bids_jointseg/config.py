@@ -54,7 +54,7 @@ class Settings:
     mem
         Memory that may be used at once, in GB; None leaves it to Nipype (90 % of the machine's).
     fast
-        One pass of the network per scan, on the coarsest slices that the model accepts.
+        One pass of the network per scan, without its mirror image.
     run_id
         Names the log folder of this run.
     """

@@ -58,6 +58,7 @@ def predict(
     images: Mapping[str, NDArray[np.float32]],
     *,
     window: Sequence[int] | None = None,
+    mirror: int | None = None,
     device: str = 'auto',
     threads: int | None = None,
 ) -> NDArray[np.float32]:
@@ -72,6 +73,9 @@ def predict(
     window
         Largest window in voxels, for a network whose normalisation depends on its size; by
         default as many slices as memory allows.
+    mirror
+        Left-right axis: the answer is the mean of the images' and of their mirror images'. None
+        takes half of the time.
     device
         `auto` takes a GPU if there is one. A GPU that runs out of memory hands over to the CPU.
     threads
@@ -86,11 +90,26 @@ def predict(
         torch.set_num_threads(threads)
     target = choose_device(device)
     try:
-        return _predict(network, images, window, target)
+        return _both_ways(network, images, window, mirror, target)
     except torch.cuda.OutOfMemoryError:
         LOGGER.warning('%s has too little free memory for this scan: using the CPU', target)
         torch.cuda.empty_cache()
-        return _predict(network, images, window, torch.device('cpu'))
+        return _both_ways(network, images, window, mirror, torch.device('cpu'))
+
+
+def _both_ways(
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    window: Sequence[int] | None,
+    mirror: int | None,
+    device: torch.device,
+) -> NDArray[np.float32]:
+    """Return the mean of the answers for the images and, if asked, for their mirror images."""
+    found = _predict(network, images, window, device)
+    if mirror is None:
+        return found
+    mirrored = {name: np.flip(image, mirror) for name, image in images.items()}
+    return (found + np.flip(_predict(network, mirrored, window, device), mirror + 1)) / 2
 
 
 def _predict(

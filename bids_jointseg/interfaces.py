@@ -289,6 +289,7 @@ class _SegmentInput(BaseInterfaceInputSpec):
     passes = InputMultiObject(File(), mandatory=True)
     model = traits.Str(mandatory=True, nohash=True, desc="the model's card")
     sha256 = traits.Str(mandatory=True, desc='of the weights: they decide, not where they lie')
+    fast = traits.Bool(False, usedefault=True, desc='without the mirror images')
     device = traits.Str('auto', usedefault=True, nohash=True)
     threads = traits.Int(1, usedefault=True, nohash=True)
     # Nipype gives GPU slots only to a node with a trait of this name.
@@ -312,10 +313,12 @@ class Segment(SimpleInterface):
         for path in inputs.passes:
             images = _load(path)
             affine = images.pop('affine')
+            grid = Grid(next(iter(images.values())).shape, affine)
             probabilities = predict(
                 network,
                 images,
                 window=card.window,
+                mirror=None if inputs.fast else grid.lateral_axis,
                 device=inputs.device,
                 threads=inputs.threads,
             )

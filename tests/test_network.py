@@ -167,3 +167,15 @@ def test_normalisation_is_per_image():
     expected = torch.nn.functional.instance_norm(x, weight=layer.weight, bias=layer.bias)
     assert torch.allclose(layer(x), expected, atol=1e-5)
     assert torch.allclose(layer(x[:1]), expected[:1], atol=1e-5)
+
+
+def test_the_mirror_image_is_averaged_in():
+    torch.manual_seed(0)
+    network = build(SMALL['unet']).eval()
+    arrays = {name: x[0, 0].numpy() for name, x in images(16, 16, 8).items()}
+    both = predict(network, arrays, mirror=0, device='cpu')
+    flipped = {name: x[::-1] for name, x in arrays.items()}
+    assert np.abs(both - predict(network, arrays, device='cpu')).max() > 1e-4
+    np.testing.assert_allclose(
+        both, predict(network, flipped, mirror=0, device='cpu')[:, ::-1], atol=1e-5
+    )

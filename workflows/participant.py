@@ -151,7 +151,7 @@ def init_scan_wf(
     level
         'minimal' or 'full' results.
     fast
-        One pass of the network, on the coarsest slices that it accepts.
+        One pass of the network, without the mirror images.
     random_seed
         Of the registration.
     device
@@ -210,12 +210,11 @@ def init_scan_wf(
     )
 
     check = Node(Check(), name='check', mem_gb=gigabytes)
-    finest, coarsest = card.slice_mm
     resample = Node(
         ToModelGrid(
             modalities=list(card.modalities),
             in_plane_mm=card.in_plane_mm,
-            slice_mm=(coarsest if fast else finest, coarsest),
+            slice_mm=card.slice_mm,
             fast=fast,
             threads=omp_nthreads,
         ),
@@ -228,6 +227,7 @@ def init_scan_wf(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
+            fast=fast,
             device=device,
             threads=omp_nthreads,
             use_gpu=use_gpu,
