@@ -102,6 +102,11 @@ class Grid:
         return int(np.argmax(np.where(spacing > spacing.max() / 1.5, upright, -1.0)))
 
     @property
+    def lateral_axis(self) -> int:
+        """Array axis nearest to left-right."""
+        return int(np.argmax(np.abs(self.affine[0, :3]) / self.spacing_mm))
+
+    @property
     def slice_mm(self) -> float:
         """Distance of neighbouring slices, along the thick axis."""
         return float(self.spacing_mm[self.thick_axis])
@@ -217,7 +222,10 @@ def _open(path: str | os.PathLike[str]) -> tuple[nib.Nifti1Pair, Grid]:
     affine = np.asarray(image.affine, dtype=np.float64)
     grid = Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
     spacing = grid.spacing_mm
-    if not abs(float(np.linalg.det(affine[:3, :3]))) > 1e-3 * spacing.prod() > 0:
+    if not (
+        np.isfinite(affine).all()
+        and abs(float(np.linalg.det(affine[:3, :3]))) > 1e-3 * spacing.prod() > 0
+    ):
         raise ImageError(
             f'{path}: its affine is zero, singular or not finite: repair qform or sform, '
             'or convert the scan again'
@@ -639,7 +647,7 @@ def resample(
     run.SetTransform(sitk.AffineTransform(to_source[:3, :3].ravel().tolist(), offset.tolist()))
     run.SetInterpolator(_INTERPOLATORS[order])
     if threads is not None:
-        run.SetNumberOfThreads(threads)
+        run.SetNumberOfWorkUnits(threads)
     image = sitk.GetImageFromArray(np.asarray(data.T, dtype=np.float32))
     result[tuple(map(slice, start, stop))] = sitk.GetArrayFromImage(run.Execute(image)).T
     return result
@@ -753,7 +761,7 @@ def _mutual_information(share: float, *, seed: int, threads: int) -> Any:
     method.SetMetricSamplingStrategy(method.REGULAR)
     method.SetMetricSamplingPercentage(share, seed + 1)  # 0 would be the clock
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetNumberOfThreads(threads)
+    method.SetNumberOfWorkUnits(threads)  # into which sums are split: more change the last bits
     return method
 
 
