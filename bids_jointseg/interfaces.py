@@ -217,7 +217,6 @@ class _ToModelGridInput(BaseInterfaceInputSpec):
     in_plane_mm = traits.Float(mandatory=True)
     slice_mm = traits.Tuple(traits.Float, traits.Float, mandatory=True)
     fast = traits.Bool(False, usedefault=True, desc='one pass')
-    threads = traits.Int(1, usedefault=True, nohash=True)
 
 
 class _PassesOutput(TraitedSpec):
@@ -250,9 +249,7 @@ class ToModelGrid(SimpleInterface):
                 usable[reference], in_plane_mm=inputs.in_plane_mm, slice_mm=inputs.slice_mm
             )
             images = {
-                name: image.resample(
-                    volume, grid, between[reference, name], threads=inputs.threads
-                )
+                name: image.resample(volume, grid, between[reference, name], threads=1)
                 for name, volume in usable.items()
             }
             passes.append(_save(reference, affine=grid.affine, **images))
@@ -335,7 +332,6 @@ class _ToNativeInput(BaseInterfaceInputSpec):
     flair = File(desc='conformed FLAIR')
     transform = File(desc='T1w -> FLAIR')
     level = traits.Enum('full', 'minimal', usedefault=True)
-    threads = traits.Int(1, usedefault=True, nohash=True)
 
 
 class _ToNativeOutput(TraitedSpec):
@@ -364,7 +360,7 @@ class ToNative(SimpleInterface):
                 passes,
                 volume.grid,
                 {name: between[target, name] for name in passes},
-                threads=inputs.threads,
+                threads=1,
             )
             name = f'{target.lower()}_labels'
             self._results[name] = _save_array(name, image.label_map(joint))
@@ -471,7 +467,7 @@ class WriteDerivatives(SimpleInterface):
                 space, data = '', volume.data
                 if name != reference:
                     space = f'space-{reference}_'
-                    data = image.resample(volume, grid, between[reference, name])
+                    data = image.resample(volume, grid, between[reference, name], threads=1)
                 slope = (float(np.abs(data).max()) or 1.0) / np.iinfo(np.int16).max
                 write(f'{space}desc-preproc_{name}.nii.gz', data, dtype=np.int16, slope=slope)
             if len(volumes) == 2:
@@ -559,7 +555,6 @@ class _FiguresInput(BaseInterfaceInputSpec):
     t1w_labels = File()
     flair_labels = File()
     entropy = File(mandatory=True)
-    threads = traits.Int(1, usedefault=True, nohash=True)
 
 
 class _FiguresOutput(TraitedSpec):
@@ -582,8 +577,8 @@ class DrawFigures(SimpleInterface):
         if len(volumes) == 2:
             flair, grid = volumes['FLAIR'], volumes['T1w'].grid
             after = _between(inputs.transform)['T1w', 'FLAIR']
-            arrays['flair_on_t1w'] = image.resample(flair, grid, after)
-            arrays['flair_on_t1w_before'] = image.resample(flair, grid)
+            arrays['flair_on_t1w'] = image.resample(flair, grid, after, threads=1)
+            arrays['flair_on_t1w_before'] = image.resample(flair, grid, threads=1)
         written = reports.draw_scan(
             Path(inputs.folder),
             inputs.stem,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -393,44 +394,60 @@ def test_the_graph(dataset, model, tmp_path):
     assert work_folder(settings, other) != work_folder(settings, card)
 
 
-def test_a_killed_worker_is_a_failure_and_the_others_go_on(tmp_path):
+def run_toys(tmp_path: Path, stages: tuple[str, ...]):
+    """Run four scans of a few stages in one worker; the first stage of scan 1 kills it."""
     from bids_jointseg.workflows import execution
     from nipype.interfaces.utility import Function
     from nipype.pipeline.engine import Node, Workflow
 
-    def die(number):
+    def work(number):
         import os
-        import time
 
         if number == 1:
             os.kill(os.getpid(), 9)
-        time.sleep(0.1)
         return number
 
     workflow = Workflow(name='top', base_dir=str(tmp_path))
-    execution_options = {'crashfile_format': 'txt', 'crashdump_dir': str(tmp_path / 'crashes')}
-    workflow.config['execution'] = execution_options | {'poll_sleep_duration': '0.1'}
+    options = {'crashfile_format': 'txt', 'crashdump_dir': str(tmp_path / 'crashes')}
+    workflow.config['execution'] = options | {'poll_sleep_duration': '0.1'}
     for number in range(4):
         scan = Workflow(name=f'scan_{number}_wf')
-        function = Function(input_names=['number'], output_names=['out'], function=die)
-        node = Node(function, name='check')
-        node.inputs.number = number
-        scan.add_nodes([node])
+        nodes = [
+            Node(Function(input_names=['number'], output_names=['out'], function=work), name=stage)
+            for stage in stages
+        ]
+        nodes[0].inputs.number = number
+        scan.add_nodes(nodes[:1])
+        for node, following in pairwise(nodes):
+            scan.connect(node, 'out', following, 'number')
         workflow.add_nodes([scan])
-    progress = execution.Progress(
-        {f'scan_{number}_wf': f'scan {number}' for number in range(4)}, {'check': 'done'}, total=4
-    )
-    failures = execution.run(
+    names = {f'scan_{number}_wf': f'scan {number}' for number in range(4)}
+    return execution.run(
         workflow,
         plugin='MultiProc',
         plugin_args={'n_procs': 1, 'mp_context': 'forkserver', 'raise_insufficient': False},
         log_file=tmp_path / 'nipype.log',
         crash_folders=[tmp_path / 'crashes'],
-        progress=progress,
+        progress=execution.Progress(names, dict.fromkeys(stages, 'done'), total=4 * len(stages)),
     )
+
+
+def test_a_killed_worker_is_a_failure_and_the_others_go_on(tmp_path, caplog):
+    caplog.set_level('INFO')
+    failures = run_toys(tmp_path, ('check', 'segment'))
     assert [(item.scan, item.stage) for item in failures] == [('scan 1', 'check')]
     assert 'killed' in failures[0].reason
-    assert progress.done == 3
+    # One scan is finished before the next begins.
+    lines = [' '.join(record.getMessage().split('(')[0].split()) for record in caplog.records]
+    assert lines == [
+        '[1/8] scan 0 done',
+        '[2/8] scan 0 done',
+        'scan 1 failed',
+        '[3/8] scan 2 done',
+        '[4/8] scan 2 done',
+        '[5/8] scan 3 done',
+        '[6/8] scan 3 done',
+    ]
 
 
 def test_another_plugin_and_another_configuration(model, tmp_path, caplog):

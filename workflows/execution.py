@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nipype
+import numpy as np
 from nipype.pipeline.plugins import MultiProcPlugin
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class Failure:
     details: Path
 
 
-class SurvivingMultiProc(MultiProcPlugin):
-    """Nipype's MultiProc, which would wait for ever when a worker process is killed.
+class ScanByScan(MultiProcPlugin):
+    """Nipype's MultiProc, with two changes for long runs.
 
-    What ran at that moment counts as failed; the rest goes on in new workers.
+    It finishes scans that have begun before it begins many others, so that results are complete
+    early. And where Nipype waits for ever once a worker process is killed, here what ran at that
+    moment counts as failed, and the rest goes on in new workers.
     """
 
     def __init__(self, plugin_args: dict[str, Any], initargs: tuple[Any, ...]) -> None:
@@ -72,6 +75,27 @@ class SurvivingMultiProc(MultiProcPlugin):
         super()._prerun_check(graph)
         # Nipype collects garbage whenever it looks for work; the graph need not be looked at.
         gc.freeze()
+
+    def _generate_dependency_list(self, graph: Any) -> None:
+        super()._generate_dependency_list(graph)
+        names = [node.fullname.rpartition('.')[0] for node in self.procs]
+        self._scan_of = np.unique(names, return_inverse=True)[1]
+
+    def _sort_jobs(self, jobids: Any, scheduler: str = 'tsort') -> list[int]:
+        """Return the jobs to try in this round, those of scans that have begun first."""
+        scans = self._scan_of
+        unfinished = scans[~self.proc_done | self.proc_pending]
+        begun = set(np.intersect1d(scans[self.proc_done], unfinished))
+        free = self._check_resources(self.pending_tasks)[1]
+        chosen: list[int] = []
+        waiting = False
+        for job in sorted(jobids, key=lambda job: (scans[job] not in begun, scans[job])):
+            if scans[job] not in begun and waiting and len(begun) > self.processors:
+                break  # small jobs of ever more scans would keep a large one from its turn
+            waiting |= self.procs[job].n_procs > free
+            free -= min(self.procs[job].n_procs, free)
+            chosen.append(job)
+        return chosen
 
     def _async_callback(self, args: Any) -> None:
         if args.exception() is None and not args.cancelled():
@@ -202,7 +226,7 @@ def run(
     runner: Any = plugin
     if plugin == 'MultiProc':
         initargs = (os.getcwd(), str(log_file), verbose, monitor)
-        runner = SurvivingMultiProc(arguments, initargs)
+        runner = ScanByScan(arguments, initargs)
     error: Exception | None = None
     try:
         workflow.run(plugin=runner, plugin_args=arguments)

@@ -216,11 +216,9 @@ def init_scan_wf(
             in_plane_mm=card.in_plane_mm,
             slice_mm=card.slice_mm,
             fast=fast,
-            threads=omp_nthreads,
         ),
         name='resample',
         mem_gb=gigabytes,
-        n_procs=omp_nthreads,
     )
     normalise = Node(Normalise(landmarks=card.landmarks or {}), name='normalise', mem_gb=gigabytes)
     segment = Node(
@@ -237,12 +235,7 @@ def init_scan_wf(
         # A GPU node takes as many GPU slots as processors.
         n_procs=1 if use_gpu else omp_nthreads,
     )
-    to_native = Node(
-        ToNative(level=level, threads=omp_nthreads),
-        name='to_native',
-        mem_gb=2 * gigabytes,
-        n_procs=omp_nthreads,
-    )
+    to_native = Node(ToNative(level=level), name='to_native', mem_gb=2 * gigabytes)
     write = Node(
         WriteDerivatives(
             scan=scan,
