@@ -109,7 +109,9 @@ def _both_ways(
     if mirror is None:
         return found
     mirrored = {name: np.flip(image, mirror) for name, image in images.items()}
-    return (found + np.flip(_predict(network, mirrored, window, device), mirror + 1)) / 2
+    found += np.flip(_predict(network, mirrored, window, device), mirror + 1)
+    found /= 2
+    return found
 
 
 def _predict(

@@ -59,7 +59,7 @@ class InstanceNorm(nn.Module):
         """Return the normalised `x`, `(B, C, X, Y, Z)`."""
         parts = [
             F.batch_norm(image, None, None, self.weight, self.bias, training=True)
-            for image in x.split(1)
+            for image in torch.split(x, 1)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -396,9 +396,10 @@ def test_the_graph(dataset, model, tmp_path):
 
 def run_toys(tmp_path: Path, stages: tuple[str, ...]):
     """Run four scans of a few stages in one worker; the first stage of scan 1 kills it."""
-    from bids_jointseg.workflows import execution
     from nipype.interfaces.utility import Function
     from nipype.pipeline.engine import Node, Workflow
+
+    from bids_jointseg.workflows import execution
 
     def work(number):
         import os

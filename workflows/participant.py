@@ -18,7 +18,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bids_jointseg.workflows import execution
 from nipype import config as nipype_config
 from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node, Workflow
@@ -35,6 +34,7 @@ from bids_jointseg.interfaces import (
     ToNative,
     WriteDerivatives,
 )
+from bids_jointseg.workflows import execution
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
