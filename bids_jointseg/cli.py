@@ -487,10 +487,6 @@ def _prepare_environment(settings: Settings) -> None:
     """Set what libraries read when they are imported, here and in worker processes."""
     os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
     os.environ.setdefault('OMP_NUM_THREADS', str(min(settings.omp_nthreads, settings.nprocs)))
-    os.environ.setdefault('MPLBACKEND', 'Agg')
-    home = Path(os.environ.get('HOME', '/'))
-    if not os.access(home, os.W_OK):  # a container that runs as any user
-        os.environ.setdefault('MPLCONFIGDIR', str(settings.work_dir / '.matplotlib'))
 
 
 def _warn_of_validation(settings: Settings) -> None:
