@@ -909,6 +909,44 @@ def joint_probabilities(
     return joint
 
 
+def keep_brain(probabilities: NDArray[Any], grid: Grid) -> NDArray[Any]:
+    """Turn what the network saw apart from the brain, in the neck or the face, into background.
+
+    The brain is the largest part that is left when the mask (background under one half) loses a
+    rim of 2 voxels within the slices, which cuts thin bridges, grown back by 4 within the mask.
+
+    Parameters
+    ----------
+    probabilities
+        (C, X, Y, Z), background first.
+    grid
+        Theirs.
+
+    Returns
+    -------
+    NDArray
+        Same shape; a copy where something was apart.
+    """
+    mask = np.asarray(probabilities[0] < 0.5)
+    plane = ndimage.generate_binary_structure(3, 1)
+    within = plane.copy()
+    if grid.slice_mm > 2 * grid.spacing_mm.min():
+        np.moveaxis(within, grid.thick_axis, 0)[[0, 2]] = False
+    core = ndimage.binary_erosion(mask, within, iterations=2)
+    parts, count = ndimage.label(core)
+    if not count:
+        return probabilities
+    largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    brain = ndimage.binary_dilation(largest, plane, iterations=4, mask=mask)
+    apart = mask & ~brain
+    if not apart.any():
+        return probabilities
+    kept = probabilities.copy()
+    kept[:, apart] = 0
+    kept[0, apart] = 1
+    return kept
+
+
 def label_map(probabilities: NDArray[Any]) -> NDArray[np.uint8]:
     """Return the label (a value of :data:`~bids_jointseg.labels.INDICES`) of highest probability.
 

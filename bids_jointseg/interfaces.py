@@ -353,8 +353,8 @@ class ToNative(SimpleInterface):
         passes = {}
         for path in inputs.passes:
             arrays = _load(path)
-            shape = arrays['probabilities'].shape[1:]
-            passes[Path(path).stem] = (arrays['probabilities'], Grid(shape, arrays['affine']))
+            grid = Grid(arrays['probabilities'].shape[1:], arrays['affine'])
+            passes[Path(path).stem] = (image.keep_brain(arrays['probabilities'], grid), grid)
         for number, (target, volume) in enumerate(_load_volumes(inputs).items()):
             joint = image.joint_probabilities(
                 passes,

@@ -206,6 +206,7 @@ class Settings:
     heads_share: float = 0.5
     lesion_share: float = 0.7
     lesion_centre: float = 0.7
+    outside_share: float = 0.2
     strip_share: float = 0.4
     borrow_share: float = 0.4
     modalities: tuple[tuple[tuple[str, ...], float], ...] = (
@@ -264,13 +265,18 @@ class Windows(torch.utils.data.Dataset[Sample]):
         with_lesions = rng.random() < s.lesion_share
         mask = self.lesions[rng.integers(len(self.lesions))] if self.lesions else None
         jitter = self._lesion_jitter(rng)
-        margin = 0.12 * (person.box[1] - person.box[0])
-        centre = rng.uniform(person.box[0] - [0, 0, 30] + margin, person.box[1] - margin)
-        if with_lesions and mask is not None and rng.random() < s.lesion_centre:
+        low, high = person.box
+        if rng.random() < s.outside_share:
+            # Face and neck: a window may hold no brain at all.
+            centre = rng.uniform(low - [20, 20, 110], high + [20, 40, 0])
+        elif with_lesions and mask is not None and rng.random() < s.lesion_centre:
             found = mask.nonzero()
             pick = found[int(rng.integers(len(found)))].numpy().astype(float)
             inverse = np.linalg.inv(self._to_lesions(person.box, jitter))
             centre = inverse[:3, :3] @ pick + inverse[:3, 3] + rng.uniform(-16, 16, 3)
+        else:
+            margin = 0.12 * (high - low)
+            centre = rng.uniform(low - [0, 0, 30] + margin, high - margin)
         points = augment.coordinates(
             augment.draw_geometry(rng, fine, slicing, centre, count / dense), generator
         )

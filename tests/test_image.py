@@ -127,9 +127,9 @@ def test_model_grid_of_a_matching_scan_interpolates_nothing():
     scan = head(make_grid('LAS', (2.0005, 2, 3)))
     grid = image.model_grid(scan, in_plane_mm=2.0, slice_mm=(1.0, 6.0))
     first = np.rint(np.linalg.inv(scan.grid.affine) @ grid.affine[:, 3])[:3].astype(int)
-    crop = scan.data[::-1][
-        len(scan.data) - 1 - first[0] :, first[1] :, first[2] :
-    ][tuple(map(slice, grid.shape))]
+    crop = scan.data[::-1][len(scan.data) - 1 - first[0] :, first[1] :, first[2] :][
+        tuple(map(slice, grid.shape))
+    ]
     np.testing.assert_allclose(image.resample(scan, grid), crop, rtol=1e-5, atol=1e-3)
 
 
@@ -565,7 +565,9 @@ def test_save_writes_what_other_programs_expect(tmp_path):
     assert (header['scl_slope'], header['scl_inter']) == (1, 0)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(mask)).T, values > 0.5)
     assert sorted(item.name for item in tmp_path.iterdir()) == [
-        'mask.nii', 'one.nii.gz', 'two.nii.gz',
+        'mask.nii',
+        'one.nii.gz',
+        'two.nii.gz',
     ]
 
 
@@ -588,9 +590,7 @@ def test_save_like_a_scan_has_its_very_frame(tmp_path, codes):
     nifti.set_qform(sheared.affine, code=codes[1])
     nib.save(nifti, path)
     scan = image.load_scan(path)
-    image.save(
-        tmp_path / 'mask.nii.gz', scan.data > 300, scan.grid, dtype=np.uint8, like=path
-    )
+    image.save(tmp_path / 'mask.nii.gz', scan.data > 300, scan.grid, dtype=np.uint8, like=path)
     mask, source = nib.load(tmp_path / 'mask.nii.gz'), nib.load(path)
     np.testing.assert_array_equal(mask.affine, source.affine)
     np.testing.assert_array_equal(mask.get_qform(), source.get_qform())
@@ -692,3 +692,22 @@ def test_register_refuses_what_shows_no_head():
     noise = np.random.default_rng(0).normal(100, 10, t1w.data.shape).astype(np.float32)
     with pytest.raises(ImageError, match='cannot be aligned'):
         image.register(t1w, Volume(noise, t1w.grid))
+
+
+@pytest.mark.parametrize('spacing', [(1.0, 1.0, 1.0), (1.0, 1.0, 3.0)])
+def test_what_lies_apart_from_the_brain_is_background(spacing):
+    """A ball is the brain; a smaller one hangs on it by a bridge two voxels thick."""
+    axes = np.ogrid[:40, :60, :40]
+    brain = sum((x - c) ** 2 for x, c in zip(axes, (20, 18, 20), strict=True)) < 14**2
+    neck = sum((x - c) ** 2 for x, c in zip(axes, (20, 48, 20), strict=True)) < 9**2
+    mask = brain | neck
+    mask[19:21, 25:45, 19:21] = True
+    probabilities = np.zeros((8, 40, 60, 40), np.float32)
+    probabilities[1], probabilities[0] = 0.8 * mask, 1 - 0.8 * mask
+    kept = image.keep_brain(probabilities, Grid(mask.shape, np.diag([*spacing, 1])))
+    assert (kept[1] > 0)[brain].mean() > 0.995
+    assert not (kept[1] > 0)[neck].any()
+    np.testing.assert_allclose(kept.sum(0), 1)
+    alone = np.where(brain, probabilities, np.eye(8, dtype=np.float32)[0][:, None, None, None])
+    grid = Grid(mask.shape, np.diag([*spacing, 1]))
+    np.testing.assert_array_equal(image.keep_brain(alone, grid), alone)
