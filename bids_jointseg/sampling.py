@@ -268,7 +268,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         low, high = person.box
         if rng.random() < s.outside_share:
             # Face and neck: a window may hold no brain at all.
-            centre = rng.uniform(low - [20, 20, 110], high + [20, 40, 0])
+            centre = rng.uniform(low - (20, 20, 110), high + np.array((20, 40, 0)))
         elif with_lesions and mask is not None and rng.random() < s.lesion_centre:
             found = mask.nonzero()
             pick = found[int(rng.integers(len(found)))].numpy().astype(float)

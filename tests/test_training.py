@@ -71,7 +71,9 @@ def lesions(tmp_path_factory):
     return [read]
 
 
-SMALL = Settings(thin_window=(32, 32, 16), thick_window=(32, 32, 16), lesion_centre=1.0, outside_share=0.0)
+SMALL = Settings(
+    thin_window=(32, 32, 16), thick_window=(32, 32, 16), lesion_centre=1.0, outside_share=0.0
+)
 
 
 def windows(people, lesions, **settings):
