@@ -1,0 +1,66 @@
+"""The weights in the package: their card is complete, and they do what it says."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bids_jointseg import image
+from bids_jointseg.card import read_card
+from bids_jointseg.inference import predict
+from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
+from bids_jointseg.metrics import dice
+from bids_jointseg.network import load_model
+from bids_jointseg.recipe import read_recipe
+
+DATA = Path(__file__).parents[2] / 'shared' / 'data' / 'neuromorphometrics'
+
+
+def test_dice_on_literals():
+    found = np.array([2, 2, 7, 0, 8])
+    truth = np.array([2, 7, 7, 2, 8])
+    scores = dice(found, truth)
+    assert scores['WM'] == pytest.approx(50)
+    assert scores['L'] == pytest.approx(200 / 3)
+    assert scores['CGM'] == 100
+    assert np.isnan(scores['VEN'])
+    assert dice(found, truth, valid=truth != 2, classes=['WM']) == {'WM': 0}
+    with pytest.raises(ValueError, match='shapes differ'):
+        dice(found, truth[:3])
+
+
+def test_the_packaged_card_is_complete():
+    card = read_card()
+    assert card.licence == 'CC BY-NC 4.0'
+    assert card.training['steps'] > 0
+    figures = card.accuracy['mean Dice, %']
+    assert set(figures['neuromorphometrics_T1w']['dice']) == set(TISSUES)
+    assert {'patient_T1w_FLAIR', 'patient_T1w', 'patient_FLAIR'} <= set(figures)
+    recipe = read_recipe('jointseg')
+    assert card.architecture == recipe.architecture
+    assert card.slice_mm == recipe.slice_mm
+    for source in recipe.datasets:
+        learned = set(card.training['people'].get(source.name, ()))
+        assert not learned & {*source.test, *source.validation}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason='needs the shared data')
+def test_a_validation_person_is_segmented_as_well_as_the_card_says():
+    subject = read_recipe('jointseg').datasets[0].validation[-1]
+    name = f'sub-{subject}_ses-1'
+    scan = image.load_scan(DATA / f'sub-{subject}' / 'ses-1' / 'anat' / f'{name}_T1w.nii.gz')
+    card = read_card()
+    grid = image.model_grid(scan, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm)
+    normalised = image.normalise(image.resample(scan, grid))
+    found = predict(load_model(card), {'T1w': normalised}, window=card.window, device='cpu')
+    joint = image.joint_probabilities({'T1w': (found, grid)}, scan.grid, {'T1w': np.eye(4)})
+    annotation = DATA / 'derivatives' / 'manual' / f'sub-{subject}' / 'ses-1' / 'anat'
+    labels = nib.load(annotation / f'{name}_desc-neuromorphometrics_dseg.nii.gz')
+    sets = PROTOCOLS['neuromorphometrics'].encode(np.asanyarray(labels.dataobj).astype(int))
+    truth = np.zeros(sets.shape, np.uint8)
+    for channel, class_name in enumerate(CLASSES):
+        truth[sets == bits({class_name})] = INDICES[channel]
+    scores = dice(image.label_map(joint), truth)
+    assert np.mean([scores[tissue] for tissue in TISSUES]) > 88
