@@ -135,12 +135,13 @@ def found_labels(out: Path, subject: str) -> np.ndarray:
     return np.asanyarray(nib.load(path).dataobj)
 
 
-def row(scores: list[dict[str, float]], names: tuple[str, ...]) -> str:
+def row(scores: list[dict[str, float]]) -> str:
     """Return the mean of some scans' scores as cells."""
-    means = {name: np.nanmean([score[name] for score in scores]) for name in names}
-    tissue = np.mean([means[name] for name in names if name in TISSUES])
-    cells = [f'{means[name]:.1f}' if name in means else '-' for name in (*TISSUES, 'L')]
-    return ' | '.join([f'{tissue:.2f}' if np.isfinite(tissue) else '-', *cells])
+    means = {name: np.nanmean([score[name] for score in scores]) for name in scores[0]}
+    tissue = [means[name] for name in TISSUES if name in means]
+    cells = [f'{np.mean(tissue):.2f}' if tissue else '-']
+    cells += [f'{means[name]:.1f}' if name in means else '-' for name in (*TISSUES, 'L')]
+    return ' | '.join(cells)
 
 
 def main() -> None:
@@ -160,13 +161,18 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
 
     def measure(
-        name: str, scans: dict[str, dict[str, Path]], truths: dict[str, np.ndarray]
+        name: str,
+        scans: dict[str, dict[str, Path]],
+        truths: dict[str, np.ndarray],
+        classes: tuple[str, ...] = (*TISSUES, 'L'),
     ) -> None:
         write_dataset(out / 'bids' / name, scans)
         with tempfile.TemporaryDirectory() as work:
             segment(out / 'bids' / name, out / name, arguments.model, Path(work))
         results[name] = {
-            subject: dice(found_labels(out / name, subject), truth, valid=truth != 255)
+            subject: dice(
+                found_labels(out / name, subject), truth, valid=truth != 255, classes=classes
+            )
             for subject, truth in truths.items()
         }
 
@@ -182,6 +188,7 @@ def main() -> None:
             )
             for subject, (_, labels) in tissue.items()
         },
+        TISSUES,
     )
     heads = paint_heads(data, recipe, arguments.part, out / 'painted')
     for name, modalities in INPUTS.items():
@@ -197,13 +204,11 @@ def main() -> None:
         truth = np.where(mask, LESION, 0).astype(np.uint8)
         for name, modalities in INPUTS.items():
             scans = {m: anat / f'{stem}_desc-brain_{m}.nii.gz' for m in modalities}
-            measure(f'patient_{name.replace("+", "_")}', {'26': scans}, {'26': truth})
-            for scores in results[f'patient_{name.replace("+", "_")}'].values():
-                scores.update(dict.fromkeys(TISSUES, float('nan')))  # nobody drew its tissue
+            measure(f'patient_{name.replace("+", "_")}', {'26': scans}, {'26': truth}, ('L',))
     print('| scans | n | tissue mean | ' + ' | '.join((*TISSUES, 'L')) + ' |')
     print('|---|---|---|' + '---|' * (len(TISSUES) + 1))
     for name, scores in results.items():
-        print(f'| {name} | {len(scores)} | {row(list(scores.values()), (*TISSUES, "L"))} |')
+        print(f'| {name} | {len(scores)} | {row(list(scores.values()))} |')
     card = read_card(arguments.model)
     record = {'model': card.name, 'sha256': card.sha256, 'part': arguments.part, 'dice': results}
     (out / 'accuracy.json').write_text(json.dumps(record, indent=1))
