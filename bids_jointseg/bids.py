@@ -573,11 +573,6 @@ def raw_uri(path: Path, bids_dir: Path) -> str:
     return f'bids:raw:{path.relative_to(bids_dir).as_posix()}'
 
 
-def result_uri(path: Path, out_dir: Path) -> str:
-    """Return the BIDS URI of a file of the output dataset."""
-    return f'bids::{path.relative_to(out_dir).as_posix()}'
-
-
 def create_dataset(settings: Settings, card: ModelCard) -> None:
     """Write what describes the output dataset as a whole.
 

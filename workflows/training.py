@@ -79,6 +79,8 @@ def init_training_wf(
         ),
         name='train',
         n_procs=threads + workers,
+        # It goes on from its own checkpoint: Nipype must not take a run that stopped for done.
+        overwrite=True,
     )
     found: dict[str, list[Node]] = {'people': [], 'pairs': []}
     for source in settings.datasets:
