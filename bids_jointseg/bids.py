@@ -17,18 +17,21 @@ import shutil
 import subprocess
 import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bids_jointseg import __version__
+from bids_jointseg.config import Settings
 from bids_jointseg.labels import CLASSES, LABELS
+from bids_jointseg.recipe import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from bids_jointseg.card import ModelCard
-    from bids_jointseg.config import Settings
+    from bids_jointseg.recipe import Source
 
 LOGGER = logging.getLogger('bids_jointseg')
 
@@ -337,6 +340,164 @@ def _query(layout: Any, root: Path, query: dict[str, Any], kind: str) -> list[Pa
 
 def _one_line(error: Exception) -> str:
     return ' '.join(str(error).split())
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A scan of a training dataset and its label map; one of them may be missing.
+
+    Attributes
+    ----------
+    subject
+        Without ``sub-``.
+    name
+        Unique in its dataset: 'sub-01_ses-1'.
+    scan
+        The files that are read; None where the images are painted from the label map.
+    annotation
+        None where there are no labels.
+    """
+
+    subject: str
+    name: str
+    scan: Scan | None
+    annotation: Path | None
+
+
+def annotated_scans(source: Source, root: Path) -> list[Annotated]:
+    """Find what a recipe says of a dataset.
+
+    The scans are planned as the participant workflow does. A label map goes with the scan of its
+    subject and session, unless another entity of it (``acq``, ``run`` ...) contradicts the scan's.
+
+    Parameters
+    ----------
+    source
+        One dataset of a recipe.
+    root
+        The folder of this dataset.
+
+    Returns
+    -------
+    list[Annotated]
+        In the order of their names. A scan that lacks the label map which the source promises is
+        left out with a warning.
+
+    Raises
+    ------
+    RecipeError
+        If nothing is found, or two label maps suit one scan.
+    """
+    if not root.is_dir():
+        raise RecipeError(f'{root}: no such folder: the dataset {source.name!r} is expected there')
+    label_maps = _label_maps(source, root)
+    if not source.modalities:
+        found = [Annotated(entities(path)['sub'], _stem(path), None, path) for path in label_maps]
+        for first, second in pairwise(sorted(found, key=lambda item: item.name)):
+            if first.name == second.name:
+                raise _ambiguous(source, first.name, [first.annotation, second.annotation])
+        return sorted(found, key=lambda item: item.name)
+    found = []
+    missing: list[str] = []
+    owners: dict[Path, str] = {}
+    for scan in _training_scans(source, root):
+        suiting = [path for path in label_maps if _suits(path, scan)]
+        if len(suiting) > 1:
+            raise _ambiguous(source, scan.stem, suiting)
+        if source.annotation and not suiting:
+            missing.append(scan.stem)
+        elif suiting and suiting[0] in owners:
+            LOGGER.warning(
+                '%s: %s left out: %s is taken for the labels of %s; if it is of both, give them '
+                'a copy each, with the entities of the scan',
+                source.name, scan.stem, suiting[0].name, owners[suiting[0]],
+            )  # fmt: skip
+        else:
+            owners |= dict.fromkeys(suiting, scan.stem)
+            found.append(Annotated(scan.subject, scan.stem, scan, next(iter(suiting), None)))
+    if not found:
+        raise RecipeError(
+            f'{root / source.annotation}: no label map goes with a scan of {root}, as '
+            f'{missing[0]}: see to it that their names begin as those of the scans'
+        )
+    if missing:
+        LOGGER.warning(
+            '%s: left out, without a label map: %s', source.name, ', '.join(sorted(missing))
+        )
+    return sorted(found, key=lambda item: item.name)
+
+
+def _training_scans(source: Source, root: Path) -> list[Scan]:
+    """Plan the scans of a dataset, those with most of its modalities first."""
+    ignore = () if 'FLAIR' in source.modalities else ('flair',)
+    try:
+        scans, _ = plan(Settings(root, root, ignore=ignore))
+    except (BidsError, DataError) as error:
+        raise RecipeError(f'the dataset {source.name!r}: {error}') from error
+    if 'T1w' not in source.modalities:
+        flairs = {scan.flair: scan for scan in scans if scan.flair is not None}
+        scans = [
+            replace(scan, t1w=None, stem=_stem(path), notes=()) for path, scan in flairs.items()
+        ]
+    wanted = {key: value for key, value in source.entities.items() if key not in OURS}
+    scans = [
+        scan
+        for scan in scans
+        if all(entities(scan.reference).get(key, value) == value for key, value in wanted.items())
+    ]
+    if not scans:
+        modalities = ' and no '.join(source.modalities)
+        raise RecipeError(f'{root}: no {modalities}: the dataset {source.name!r} promises them')
+    return sorted(scans, key=lambda scan: (scan.t1w is None or scan.flair is None, scan.stem))
+
+
+def _label_maps(source: Source, root: Path) -> list[Path]:
+    """Find the label maps of a dataset; those in a template's space only where asked for."""
+    if not source.annotation:
+        return []
+    folder = root / source.annotation
+    own = ('T1w', 'FLAIR', 'orig', 'native', None)
+    found = [
+        path
+        for extension in EXTENSIONS
+        for path in folder.glob(f'sub-*/**/*_{source.suffix}{extension}')
+        if not path.name.startswith('.')
+        and all(entities(path).get(key, '') == value for key, value in source.entities.items())
+        and (
+            not source.modalities
+            or 'space' in source.entities
+            or entities(path).get('space') in own
+        )
+    ]
+    if not found:
+        extra = ''.join(f'_{key}-{value}' for key, value in source.entities.items() if value)
+        raise RecipeError(
+            f'{folder}: no label map sub-*{extra}_{source.suffix}.nii.gz: put those of the '
+            f'dataset {source.name!r} there, or correct its annotation in the recipe'
+        )
+    return sorted(found)
+
+
+def _suits(label_map: Path, scan: Scan) -> bool:
+    """Tell whether nothing in the name of a label map contradicts that of a scan."""
+    files = [entities(path) for path in (scan.t1w, scan.flair) if path is not None]
+    named = entities(label_map)
+    return (named['sub'], named.get('ses')) == (scan.subject, scan.session) and all(
+        any(file.get(key) == value for file in files)
+        for key, value in named.items()
+        if key not in ('sub', 'ses', *OURS)
+    )
+
+
+def _ambiguous(source: Source, name: str, paths: Iterable[Path | None]) -> RecipeError:
+    both = ' and '.join(str(path) for path in paths)
+    return RecipeError(
+        f'{both} could both be the labels of {name}: tell them apart by `entities` of the dataset '
+        f'{source.name!r} in the recipe'
+    )
 
 
 def validator(*arguments: str | Path) -> dict[str, Any] | None:

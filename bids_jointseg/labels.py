@@ -9,7 +9,9 @@ follow from the sets alone.
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -60,7 +62,7 @@ IGNORE = ALL
 
 
 class ProtocolError(ValueError):
-    """A label map does not follow its protocol; one line that names the labels."""
+    """A protocol cannot be used, or a label map does not follow it; one line that says where."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,57 @@ class Protocol:
     name: str
     sets: Mapping[int, frozenset[str]]
 
-    def groups(self) -> tuple[frozenset[str], ...]:
-        """Return the distinct sets that are not ignored, in channel order of their members."""
-        found = {group for group in self.sets.values() if group != IGNORE}
-        return tuple(sorted(found, key=lambda group: sorted(map(CLASSES.index, group))))
+    def atoms(self) -> tuple[frozenset[str], ...]:
+        """Return the finest distinctions that the annotation makes.
+
+        The coarsest partition of :data:`CLASSES` of which every set of the protocol is a union
+        of parts: classes that appear in the same sets are one atom, and so are those that appear
+        in none. What is ignored makes no distinction. In channel order of their first members.
+        """
+        found = [group for group in set(self.sets.values()) if group != IGNORE]
+        atoms: dict[frozenset[frozenset[str]], list[str]] = {}
+        for name in CLASSES:
+            atoms.setdefault(frozenset(group for group in found if name in group), []).append(name)
+        return tuple(map(frozenset, atoms.values()))
+
+    @property
+    def tells_lesions(self) -> bool:
+        """Whether a label says 'lesion' and nothing else."""
+        return frozenset({'L'}) in self.sets.values()
+
+    @property
+    def tells_tissue(self) -> bool:
+        """Whether the annotation tells classes apart beside the lesions."""
+        return sum(atom != {'L'} for atom in self.atoms()) > 1
+
+    def restricted(self, tells: Iterable[str]) -> Protocol:
+        """Return the protocol of someone who is told nothing but some of the classes apart.
+
+        With the hidden classes ``H = CLASSES - tells``, a set `S` that meets `H` becomes
+        ``S | H``. So `tells = {'L'}` makes a lesion mask of a full annotation, and to hide the
+        lesions is to name neither 'L' nor what they lie in, 'WM': one class alone is told apart
+        by all the others.
+
+        Raises
+        ------
+        ProtocolError
+            If there is no such class, or a single class would be hidden.
+        """
+        told = frozenset(tells)
+        if told - ALL:
+            raise ProtocolError(_unknown_classes(told - ALL))
+        hidden = ALL - told
+        if len(hidden) == 1:
+            (name,) = hidden
+            raise ProtocolError(
+                f'all classes but {name} tell {name} apart as well: '
+                'leave out another that it is to be confused with'
+            )
+        sets = {
+            value: group | hidden if group & hidden else group
+            for value, group in self.sets.items()
+        }
+        return Protocol(self.name, MappingProxyType(sets))
 
     def encode(self, label_map: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Replace source labels by the bit set of classes that each may be.
@@ -115,6 +164,11 @@ class Protocol:
 def bits(group: Iterable[str]) -> int:
     """Return the bit set of some classes: bit `c` stands for ``CLASSES[c]``."""
     return sum(1 << CLASSES.index(name) for name in group)
+
+
+def _unknown_classes(names: Iterable[str]) -> str:
+    unknown = ', '.join(map(repr, sorted(names)))
+    return f'no such class: {unknown}; choose from {", ".join(CLASSES)}'
 
 
 def _sets(
@@ -188,3 +242,78 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         )
     }
 )
+
+
+def read_protocol(path: str | Path) -> Protocol:
+    """Read a protocol of one's own.
+
+    Parameters
+    ----------
+    path
+        Tab-separated, with a heading. `index` is the source label; `classes` the classes that it
+        may be, separated by spaces ('WM', 'WM L'), or 'ignore'. Other columns are for the
+        reader.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be read, lacks a column, or has a line that says no such thing.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding='utf-8-sig', newline='') as file:
+            reader = csv.DictReader(file, delimiter='\t')
+            columns = reader.fieldnames or ()
+            rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise ProtocolError(f'{path}: cannot read the protocol ({error.strerror})') from error
+    except (ValueError, csv.Error) as error:
+        raise ProtocolError(f'{path}: not a tab-separated table ({error})') from error
+    missing = [name for name in ('index', 'classes') if name not in columns]
+    if missing:
+        raise ProtocolError(
+            f'{path}: no column {" and no ".join(missing)}: the heading has to name index and '
+            'classes, with tabs between the columns'
+        )
+    sets: dict[int, frozenset[str]] = {}
+    for line, row in rows:
+        value, names = (row['index'] or '').strip(), (row['classes'] or '').split()
+        where = f'{path}, line {line}'
+        if not value.isdecimal():
+            raise ProtocolError(f'{where}: index is {value!r}: give a whole number from 0')
+        if int(value) in sets:
+            raise ProtocolError(f'{where}: label {value} is there twice: keep one of the lines')
+        if not names:
+            raise ProtocolError(f'{where}: label {value} has no classes: name them, or ignore')
+        if names != ['ignore'] and set(names) - ALL:
+            unknown = _unknown_classes(set(names) - ALL)
+            raise ProtocolError(f'{where}: {unknown}, or give ignore alone')
+        sets[int(value)] = IGNORE if names == ['ignore'] else frozenset(names)
+    if not sets:
+        raise ProtocolError(f'{path}: no label is listed')
+    return Protocol(path.name.split('.', maxsplit=1)[0], MappingProxyType(sets))
+
+
+def protocol(name_or_path: str | Path, folder: Path | None = None) -> Protocol:
+    """Return a protocol by its name in :data:`PROTOCOLS`, or from a table of one's own.
+
+    Parameters
+    ----------
+    name_or_path
+        A name, or a file for :func:`read_protocol`.
+    folder
+        What relative paths start from, by default the current folder.
+
+    Raises
+    ------
+    ProtocolError
+        If there is neither such a name nor such a file.
+    """
+    if str(name_or_path) in PROTOCOLS:
+        return PROTOCOLS[str(name_or_path)]
+    if not str(name_or_path).endswith('.tsv'):
+        known = ', '.join(PROTOCOLS)
+        raise ProtocolError(
+            f'no protocol {str(name_or_path)!r}: choose from {known}, or give a table (.tsv)'
+        )
+    return read_protocol((folder or Path()) / name_or_path)

@@ -1,16 +1,25 @@
-"""A training recipe: which data say what, and how long to learn from them. TOML, no torch."""
+"""A training recipe: which data say what, and how long to learn from them. TOML, no torch.
+
+A recipe declares datasets; what each is good for follows from what its annotation tells apart
+(:class:`bids_jointseg.labels.Protocol`). A dataset whose labels are to be hidden from the
+training names what it `tells`; one that nothing is learned from names its people in `test`.
+"""
 
 from __future__ import annotations
 
+import logging
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from bids_jointseg.labels import PROTOCOLS
+from bids_jointseg.labels import Protocol, ProtocolError, protocol
 
+LOGGER = logging.getLogger('bids_jointseg')
 RECIPES = Path(__file__).parent / 'data' / 'recipes'
-ROLES = ('tissue', 'lesions', 'unlabelled')
+SUFFIXES = ('dseg', 'mask')
 
 
 class RecipeError(ValueError):
@@ -24,35 +33,104 @@ class Source:
     Attributes
     ----------
     name
-        Its folder under the data folder.
-    role
-        `tissue`: label maps, with scans or to be painted; `lesions`: masks in MNI space;
-        `unlabelled`: pairs of T1w and FLAIR.
+        What the logs and the tables call it.
+    root
+        Its folder below the data folder, by default its name; may be absolute.
+    modalities
+        Scans that are read.
+    painted
+        Modalities that are painted from the label map, instead of scans or beside them.
+    annotation
+        Folder of the label maps, below `root` ('.' is `root` itself); '' says that there are
+        none.
+    suffix
+        Of the label maps: 'dseg' or 'mask'.
+    entities
+        More entities of the label maps: ``{'desc': 'manual'}``; an empty value asks for files
+        without the entity.
     protocol
-        What its labels say (:data:`bids_jointseg.labels.PROTOCOLS`).
-    annotation, image
-        Patterns below the dataset's folder; `{subject}` in `image` is that of the annotation.
+        What the labels say: a name in :data:`bids_jointseg.labels.PROTOCOLS`, or a table (.tsv)
+        beside the recipe.
+    tells
+        The classes that the training is told apart; by default all that the protocol does.
+    lesion_masks
+        The annotation is masks in MNI152 space whose lesions are painted into other datasets.
+    share
+        Weight among the datasets of its stream; by default the number of its scans.
     validation, test
-        Subjects that nothing is learned from.
+        Subjects that nothing is learned from, without ``sub-``; '*' is everybody.
     """
 
     name: str
-    role: str
-    protocol: str = ''
+    root: str = ''
+    modalities: tuple[str, ...] = ()
+    painted: tuple[str, ...] = ()
     annotation: str = ''
-    image: str = ''
+    suffix: str = 'dseg'
+    entities: dict[str, str] = field(default_factory=dict)
+    protocol: str = ''
+    tells: tuple[str, ...] = ()
+    lesion_masks: bool = False
+    share: float | None = None
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
-    def part(self, subject: str) -> str:
-        """Return `test`, `validation` or `train`."""
-        parts = {'test': self.test, 'validation': self.validation}
-        return next((part for part, people in parts.items() if subject in people), 'train')
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, 'root', self.root or self.name)
+        for part in ('validation', 'test'):
+            people = tuple(str(label).removeprefix('sub-') for label in getattr(self, part))
+            set_(self, part, people)
+
+    @property
+    def labels(self) -> Protocol | None:
+        """What the training is told; None without an annotation.
+
+        Raises
+        ------
+        ProtocolError
+            If there is no such protocol or class.
+        """
+        if not self.annotation:
+            return None
+        full = protocol(self.protocol)
+        return full.restricted(self.tells) if self.tells else full
+
+    @property
+    def stream(self) -> str:
+        """`lesions` where lesions are told, `tissue` where only tissue is, else `unlabelled`.
+
+        Masks that are only painted into other datasets are `masks`.
+        """
+        labels = self.labels
+        if self.lesion_masks:
+            return 'masks'
+        if labels is None:
+            return 'unlabelled'
+        return 'lesions' if labels.tells_lesions else 'tissue'
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; `training` and `samples` are the arguments of their settings."""
+    """A whole recipe; `training` and `samples` are the arguments of their settings.
+
+    Attributes
+    ----------
+    name, version, licence
+        Of the model.
+    architecture, modalities, in_plane_mm, slice_mm, window
+        See :class:`bids_jointseg.card.ModelCard`.
+    datasets
+        In the order of the file.
+    landmarks
+        Histogram scaling (Nyul) before the intensities become zero mean and unit variance.
+    folds
+        Trainings, each with other people for validation and test.
+    fractions
+        Of the people in training, validation and test.
+    split_seed
+        Another one splits other people.
+    """
 
     name: str
     version: str
@@ -63,13 +141,82 @@ class Recipe:
     in_plane_mm: float = 1.0
     slice_mm: tuple[float, float] = (1.0, 1.0)
     window: tuple[int, int, int] | None = None
+    landmarks: bool = False
+    folds: int = 1
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    split_seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
 
+    def split(self, source: Source, subjects: Iterable[str], fold: int = 0) -> dict[str, str]:
+        """Say what each person of a dataset is used for, whatever the number of their scans.
 
-def tuples(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a TOML table with its arrays as tuples, as frozen settings hold them."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+        Where the dataset lists people, these are used so in all folds, and the others are in
+        training. Otherwise they are shuffled, the same way for the same folder, and the parts
+        move on from fold to fold, so that the test people of two folds differ wherever
+        ``folds * fractions[2] <= 1``.
+
+        Parameters
+        ----------
+        source
+            Of this recipe.
+        subjects
+            Labels without ``sub-``, in any order.
+        fold
+            From 0.
+
+        Returns
+        -------
+        dict[str, str]
+            Subject, in the order of their labels -> `train`, `validation` or `test`.
+
+        Raises
+        ------
+        RecipeError
+            If there are too few people for the parts.
+        """
+        if not 0 <= fold < self.folds:
+            raise ValueError(f'no fold {fold} of {self.folds}')
+        people = sorted(set(subjects))
+        listed = {'test': source.test, 'validation': source.validation}
+        if any(listed.values()):
+            unknown = sorted({*source.test, *source.validation} - {*people, '*'})
+            if unknown:
+                LOGGER.warning(
+                    '%s: the recipe lists %s for validation or test: not in the dataset',
+                    source.name, ', '.join(unknown),
+                )  # fmt: skip
+            return {
+                person: next(
+                    (part for part, labels in listed.items() if {person, '*'} & set(labels)),
+                    'train',
+                )
+                for person in people
+            }
+        # A hash rather than a random generator: one more person moves few of the others.
+        key = f'{self.split_seed}/{source.root}/'
+        people.sort(key=lambda person: sha256(f'{key}{person}'.encode()).digest())
+        sizes = [
+            max(1, round(fraction * len(people))) if fraction else 0
+            for fraction in self.fractions[:0:-1]
+        ]
+        if sum(sizes) > len(people) or (self.fractions[0] and sum(sizes) == len(people)):
+            raise RecipeError(
+                f'{source.name}: {len(people)} people are too few for training, validation and '
+                'test: list people under `validation` and `test` of the dataset'
+            )
+        first = len(people) * fold // self.folds
+        people = people[first:] + people[:first]
+        parts = ['test'] * sizes[0] + ['validation'] * sizes[1]
+        parts += ['train'] * (len(people) - len(parts))
+        return dict(sorted(zip(people, parts, strict=True)))
+
+
+def tuples(value: Any) -> Any:
+    """Return what TOML gives with its arrays as tuples, as frozen settings hold them."""
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def subject_of(path: Path) -> str:
@@ -77,35 +224,144 @@ def subject_of(path: Path) -> str:
     return path.name.split('_', maxsplit=1)[0].removeprefix('sub-')
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
     """Read a recipe: a file, or the name of one in the package.
+
+    Parameters
+    ----------
+    name_or_path
+        ``jointseg``, or ``/data/mine.toml``.
+    smoke
+        Take the table ``[smoke]`` over the rest: the same training, but so small that it ends
+        within about a minute.
 
     Raises
     ------
     RecipeError
         If it cannot be read or does not say what a recipe must.
     """
-    file = Path(path)
+    file = Path(name_or_path)
     if not file.suffix:
-        file = RECIPES / f'{path}.toml'
+        file = RECIPES / f'{name_or_path}.toml'
     try:
         record = tomllib.loads(file.read_text(encoding='utf-8'))
     except OSError as error:
-        raise RecipeError(f'{file}: cannot read the recipe ({error.strerror})') from error
+        known = ', '.join(sorted(path.stem for path in RECIPES.glob('*.toml')))
+        raise RecipeError(
+            f'{file}: cannot read the recipe ({error.strerror}): '
+            f'give a TOML file, or one of {known}'
+        ) from error
     except ValueError as error:
         raise RecipeError(f'{file}: not TOML: {error}') from error
+    overrides = record.pop('smoke', {})
+    if smoke:
+        if not overrides:
+            raise RecipeError(f'{file}: no table [smoke]: say in it what is small in a trial')
+        record = _merge(record, overrides)
     try:
-        record['datasets'] = tuple(
-            Source(**tuples(source)) for source in record.get('datasets', ())
+        sources = tuple(
+            _source(tuples(entry), file.parent) for entry in record.pop('datasets', ())
         )
-        recipe = Recipe(**tuples(record))
-    except TypeError as error:
-        known = ', '.join(entry.name for entry in fields(Recipe))
-        raise RecipeError(f'{file}: {error}; a recipe has {known}') from error
-    for source in recipe.datasets:
-        if source.role not in ROLES:
-            raise RecipeError(f'{file}: role {source.role!r} is not one of {", ".join(ROLES)}')
-        if source.role == 'tissue' and source.protocol not in PROTOCOLS:
-            known = ', '.join(PROTOCOLS)
-            raise RecipeError(f'{file}: protocol {source.protocol!r} is not one of {known}')
+        recipe = _build(Recipe, 'a recipe', {**tuples(record), 'datasets': sources})
+        _check(recipe)
+    except ValueError as error:
+        raise RecipeError(f'{file}: {error}') from error
     return recipe
+
+
+def _merge(record: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `record` with some values changed, table by table."""
+    return record | {
+        key: _merge(record[key], value)
+        if isinstance(value, dict) and isinstance(record.get(key), dict)
+        else value
+        for key, value in changes.items()
+    }
+
+
+def _build(kind: Any, what: str, record: dict[str, Any]) -> Any:
+    """Make a dataclass of a table; a name that it does not have is an error that lists them."""
+    known = [entry.name for entry in fields(kind)]
+    unknown = [key for key in record if key not in known]
+    if unknown:
+        raise RecipeError(f'unknown: {", ".join(unknown)}; {what} has {", ".join(known)}')
+    missing = [
+        entry.name
+        for entry in fields(kind)
+        if entry.default is MISSING
+        and entry.default_factory is MISSING
+        and entry.name not in record
+    ]
+    if missing:
+        raise RecipeError(f'{what} has to say {", ".join(missing)}')
+    return kind(**record)
+
+
+def _source(record: dict[str, Any], folder: Path) -> Source:
+    """Make a dataset of its table; its protocol may be a file beside the recipe."""
+    source: Source = _build(Source, 'a dataset', record)
+    for key in ('modalities', 'painted', 'tells', 'validation', 'test'):
+        if isinstance(record.get(key), str):
+            raise RecipeError(f'{source.name}: {key} is {record[key]!r}: give a list')
+    if source.protocol.endswith('.tsv'):
+        return replace(source, protocol=str(folder.absolute() / source.protocol))
+    return source
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse what contradicts itself, in one line."""
+    names = [source.name for source in recipe.datasets]
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled:
+        raise RecipeError(f'two datasets are called {", ".join(sorted(doubled))}')
+    if not names:
+        raise RecipeError('no dataset: declare each in a table [[datasets]]')
+    if recipe.folds < 1:
+        raise RecipeError(f'folds is {recipe.folds}: give a number from 1')
+    good = len(recipe.fractions) == 3 and min(recipe.fractions) >= 0
+    if not good or abs(sum(recipe.fractions) - 1) > 1e-6:
+        raise RecipeError(
+            f'fractions is {list(recipe.fractions)}: give those of training, validation and '
+            'test, together 1'
+        )
+    for source in recipe.datasets:
+        try:
+            _check_source(source, recipe.modalities)
+        except ProtocolError as error:
+            raise RecipeError(f'{source.name}: {error}') from error
+
+
+def _check_source(source: Source, modalities: tuple[str, ...]) -> None:
+    name = source.name
+    for key in ('modalities', 'painted'):
+        foreign = [item for item in getattr(source, key) if item not in modalities]
+        if foreign:
+            known = ', '.join(modalities)
+            raise RecipeError(f'{name}: {key} has {", ".join(foreign)}: the model has {known}')
+    if source.suffix not in SUFFIXES:
+        raise RecipeError(f'{name}: suffix is {source.suffix!r}: choose {" or ".join(SUFFIXES)}')
+    both = sorted(set(source.validation) & set(source.test))
+    if both:
+        raise RecipeError(f'{name}: {", ".join(both)} in validation and in test')
+    if source.share is not None and source.share < 0:
+        raise RecipeError(f'{name}: share is {source.share}: give a number from 0')
+    if bool(source.annotation) != bool(source.protocol):
+        raise RecipeError(
+            f'{name}: give both annotation, the folder of its label maps, and protocol, what '
+            'they say, or neither'
+        )
+    labels = source.labels
+    if labels is None:
+        if source.lesion_masks or source.painted or source.tells:
+            raise RecipeError(f'{name}: without annotation there is nothing to paint or to tell')
+        if not source.modalities:
+            raise RecipeError(f'{name}: neither modalities nor annotation: nothing is read of it')
+    elif source.lesion_masks:
+        if not labels.tells_lesions:
+            raise RecipeError(f'{name}: lesion_masks: the protocol tells no lesions')
+        if source.modalities or source.painted:
+            raise RecipeError(f'{name}: lesion_masks are painted into others: no modalities')
+    elif not (source.modalities or source.painted):
+        raise RecipeError(f'{name}: name the modalities that are read, or painted')
+    elif not (labels.tells_lesions or labels.tells_tissue):
+        raise RecipeError(f'{name}: the protocol tells no classes apart')
