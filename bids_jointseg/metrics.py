@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,8 @@ from scipy import ndimage, spatial, stats
 
 from bids_jointseg.labels import LABELS
 
-NAN = float('nan')
-
-
-# ---------------------------------------------------------------------------------- overlap
+# ---------------------------------------------------------------------------------------------
+# Overlap
 
 
 def dice_of(found: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -33,7 +32,7 @@ def dice_of(found: NDArray[Any], truth: NDArray[Any]) -> float:
     """
     a, b = _masks(found, truth)
     size = _count(a) + _count(b)
-    return 200 * _count(a & b) / size if size else NAN
+    return 200 * _count(a & b) / size if size else nan
 
 
 def jaccard_of(found: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -44,7 +43,7 @@ def jaccard_of(found: NDArray[Any], truth: NDArray[Any]) -> float:
     """
     a, b = _masks(found, truth)
     size = _count(a | b)
-    return 100 * _count(a & b) / size if size else NAN
+    return 100 * _count(a & b) / size if size else nan
 
 
 def dice(
@@ -85,7 +84,8 @@ def dice(
     }
 
 
-# --------------------------------------------------------------------------------- surfaces
+# ---------------------------------------------------------------------------------------------
+# Surfaces
 
 
 def surface_distances(
@@ -99,8 +99,8 @@ def surface_distances(
     The surface :math:`\partial A` are the voxels of A with a face on the outside of A (the
     outside of the image included, so padding changes nothing). Distances are between voxel
     centres; :math:`s` is the spacing. Each surface voxel counts once, whatever the area of its
-    faces. The WMH and MRBrainS18 challenges draw the surface within axial slices only, where
-    thick slices have fewer surface voxels: the same distances, other percentiles.
+    faces. The WMH and MRBrainS18 challenges draw the surface within axial slices only, without
+    the voxels whose faces are on the next slice: close to these distances, but not the same.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def hausdorff95(found: NDArray[Any], truth: NDArray[Any], spacing_mm: Sequence[f
     :func:`surface_distances`.
     """
     directed = surface_distances(found, truth, spacing_mm)
-    return max(float(np.percentile(d, 95)) for d in directed) if len(directed[0]) else NAN
+    return max(float(np.percentile(d, 95)) for d in directed) if len(directed[0]) else nan
 
 
 def average_surface_distance(
@@ -158,7 +158,7 @@ def average_surface_distance(
     :func:`surface_distances`.
     """
     both = np.concatenate(surface_distances(found, truth, spacing_mm))
-    return float(both.mean()) if len(both) else NAN
+    return float(both.mean()) if len(both) else nan
 
 
 def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -173,7 +173,8 @@ def _surface(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask & ~inside
 
 
-# ---------------------------------------------------------------------------------- volumes
+# ---------------------------------------------------------------------------------------------
+# Volumes
 
 
 def volume_mm3(mask: NDArray[Any], spacing_mm: Sequence[float]) -> float:
@@ -189,7 +190,7 @@ def absolute_volume_difference(found: NDArray[Any], truth: NDArray[Any]) -> floa
     the shapes differ.
     """
     a, b = map(_count, _masks(found, truth))
-    return 100 * abs(a - b) / b if b else NAN
+    return 100 * abs(a - b) / b if b else nan
 
 
 def volumetric_similarity(found: NDArray[Any], truth: NDArray[Any]) -> float:
@@ -199,10 +200,11 @@ def volumetric_similarity(found: NDArray[Any], truth: NDArray[Any]) -> float:
     0 where one is. ValueError if the shapes differ.
     """
     a, b = map(_count, _masks(found, truth))
-    return 1 - abs(a - b) / (a + b) if a + b else NAN
+    return 1 - abs(a - b) / (a + b) if a + b else nan
 
 
-# ---------------------------------------------------------------------------------- lesions
+# ---------------------------------------------------------------------------------------------
+# Lesions
 
 
 @dataclass(frozen=True)
@@ -253,9 +255,9 @@ def lesion_wise(
 
     where at least one voxel must be shared whatever the `overlap` :math:`o`. Each side counts
     its own lesions, so all three are within 0 and 1. R is NaN where the truth is empty, P where
-    nothing was found; F1 is 0 where one side is empty and NaN where both are. The smallest
-    overlap is that of the MSSEG challenge (Commowick et al., Scientific Reports 2018), without
-    its further conditions on how lesions split and merge.
+    nothing was found; F1 is 0 where one side is empty and NaN where both are. A smallest
+    overlap is also what the MSSEG challenge asks for (Commowick et al., Scientific Reports
+    2018), beside conditions on how lesions split and merge that are left out here.
 
     The WMH challenge (Kuijf et al., IEEE TMI 2019; github.com/hjkuijf/wmhchallenge) asks for one
     shared voxel instead:
@@ -298,14 +300,14 @@ def lesion_wise(
     recall = _fraction(truth_hit[truth_counts])
     precision = _fraction(found_hit[found_counts])
     if np.isnan(recall) and np.isnan(precision):
-        f1 = NAN
+        f1 = nan
     else:
         f1 = _harmonic(float(np.nan_to_num(recall)), float(np.nan_to_num(precision)))
 
     challenge_recall = _fraction(truth_shared > 0, empty=1.0)
     challenge_precision = _fraction(found_shared > 0, empty=1.0)
     touched = _count(truth_shared)
-    early_precision = touched / len(found_size) if len(found_size) and len(truth_size) else NAN
+    early_precision = touched / len(found_size) if len(found_size) and len(truth_size) else nan
     return LesionWise(
         n_truth=int(truth_counts.sum()),
         n_found=int(found_counts.sum()),
@@ -316,7 +318,7 @@ def lesion_wise(
         challenge_precision=challenge_precision,
         challenge_f1=_harmonic(challenge_recall, challenge_precision),
         challenge_early_precision=early_precision,
-        challenge_early_f1=_harmonic(challenge_recall, early_precision) if touched else NAN,
+        challenge_early_f1=_harmonic(challenge_recall, early_precision) if touched else nan,
     )
 
 
@@ -329,7 +331,7 @@ def _components(
     return size, np.bincount(parts[mask & other], minlength=count + 1)[1:]
 
 
-def _fraction(hits: NDArray[np.bool_], empty: float = NAN) -> float:
+def _fraction(hits: NDArray[np.bool_], empty: float = nan) -> float:
     return float(hits.mean()) if len(hits) else empty
 
 
@@ -338,7 +340,8 @@ def _harmonic(recall: float, precision: float) -> float:
     return 2 * recall * precision / total if total else 0.0
 
 
-# ------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------------------
+# Statistics
 
 Interval = tuple[float, float]
 
@@ -366,8 +369,8 @@ def summary(values: ArrayLike) -> Summary:
     given = np.asarray(values, dtype=float).ravel()
     x = given[~np.isnan(given)]
     n = len(x)
-    mean, median = (float(x.mean()), float(np.median(x))) if n else (NAN, NAN)
-    sd = float(x.std(ddof=1)) if n > 1 else NAN
+    mean, median = (float(x.mean()), float(np.median(x))) if n else (nan, nan)
+    sd = float(x.std(ddof=1)) if n > 1 else nan
     return Summary(n, len(given) - n, mean, sd, median, _student(mean, sd / max(n, 1) ** 0.5, n))
 
 
@@ -406,7 +409,7 @@ def bland_altman(a: ArrayLike, b: ArrayLike) -> BlandAltman:
     difference = summary(_differences(a, b))
     n, bias, sd = difference.n, difference.mean, difference.sd
     lower, upper = bias - 1.96 * sd, bias + 1.96 * sd
-    error = sd * (1 / n + 1.96**2 / (2 * (n - 1))) ** 0.5 if n > 1 else NAN
+    error = sd * (1 / n + 1.96**2 / (2 * (n - 1))) ** 0.5 if n > 1 else nan
     return BlandAltman(
         n=n,
         missing=difference.missing,
@@ -452,7 +455,7 @@ def paired(a: ArrayLike, b: ArrayLike) -> Paired:
     """
     d = _differences(a, b)
     mean = summary(d)
-    p = _wilcoxon(d[~np.isnan(d) & (d != 0)]) if mean.n > 1 else NAN
+    p = _wilcoxon(d[~np.isnan(d) & (d != 0)]) if mean.n > 1 else nan
     return Paired(mean.n, mean.missing, mean.mean, mean.ci, p)
 
 
@@ -473,7 +476,7 @@ def _wilcoxon(d: NDArray[np.float64]) -> float:
 
 def _student(centre: float, error: float, n: int) -> Interval:
     """Return the 95 % interval around an estimate with n - 1 degrees of freedom."""
-    half = float(stats.t.ppf(0.975, n - 1)) * error if n > 1 else NAN
+    half = float(stats.t.ppf(0.975, n - 1)) * error if n > 1 else nan
     return centre - half, centre + half
 
 
@@ -485,7 +488,8 @@ def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     return np.subtract(x, y)
 
 
-# ------------------------------------------------------------------------------------ masks
+# ---------------------------------------------------------------------------------------------
+# Masks
 
 
 def _count(mask: NDArray[Any]) -> int:
@@ -515,5 +519,5 @@ def _cropped(
 def _spacing(spacing_mm: Sequence[float], ndim: int) -> NDArray[np.float64]:
     spacing = np.asarray(spacing_mm, dtype=float)
     if spacing.shape != (ndim,) or not (spacing > 0).all():
-        raise ValueError(f'spacing {tuple(spacing_mm)} does not suit {ndim} axes')
+        raise ValueError(f'spacing {spacing_mm} does not suit {ndim} axes')
     return spacing
