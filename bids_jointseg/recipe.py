@@ -55,6 +55,8 @@ class Source:
         The classes that the training is told apart; by default all that the protocol does.
     lesion_masks
         The annotation is masks in MNI152 space whose lesions are painted into other datasets.
+    lesions
+        Whether those lesions are painted into this dataset, where it is painted.
     share
         Weight among the datasets of its stream; by default the number of its scans.
     validation, test
@@ -71,6 +73,7 @@ class Source:
     protocol: str = ''
     tells: tuple[str, ...] = ()
     lesion_masks: bool = False
+    lesions: bool = True
     share: float | None = None
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
