@@ -199,6 +199,23 @@ _FREESURFER = {
     'VEN': (4, 5, 14, 15, 43, 44, 72),
 }
 
+# NiftySeg's Geodesical Information Flows (Cardoso et al., 2015), version 3 as NiftyWeb writes it
+# (labels_v3.xml; checked against two transcriptions of it). Most numbers are Neuromorphometrics'
+# plus one; the pons (35) and the posterior part of the third ventricle (47) have their own, and
+# white matter is parcelled (81-94; whole in version 2: 45, 46). Claustrum, lining of the
+# ventricles, perivascular spaces ('vessel'), 'lesion' and 'cerebral exterior' have no class that
+# they are for certain, so they say nothing.
+_GIF = {
+    'BG': (0, 1, 2, 3, 4, 70),
+    'WM': (45, 46, *range(81, 88), *range(89, 95)),
+    'CGM': (32, 33, 48, 49, *range(101, 209)),
+    'SGM': (24, 31, 37, 38, *range(56, 62), 76, 77),
+    'BS': (35, 36, 62, 63),
+    'CBM': (*range(39, 43), 72, 73, 74),
+    'VEN': (5, 12, 16, 47, 50, 51, 52, 53),
+}
+_GIF_IGNORED = (43, 44, 54, 55, 64, 65, 66, 67, 96, 97)
+
 
 def _with_background(table: dict[str, tuple[int, ...]], last: int) -> dict[str, tuple[int, ...]]:
     taken = {value for values in table.values() for value in values}
@@ -212,15 +229,17 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             Protocol('jointseg', _sets({label.abbreviation: (label.index,) for label in LABELS})),
             # Tissue of lesion-free controls: white matter is white matter.
             Protocol('neuromorphometrics', _sets(_with_background(_NEUROMORPHOMETRICS, 207))),
-            # 136, 137, 163 and 164 are choroid plexus or hidden tissue beside the ventricles:
-            # what they should be called is unsettled, so they say nothing.
+            # 136, 137, 163 and 164 are choroid plexus or hidden tissue beside the ventricles, 31
+            # and 63 choroid plexus within them, 80-82 dark spots in gray matter: what they should
+            # be called is unsettled, but it is not background, so they say nothing.
             Protocol(
                 'freesurfer',
-                MappingProxyType(
-                    dict(_sets(_with_background(_FREESURFER, 2035)))
-                    | dict.fromkeys((136, 137, 163, 164), IGNORE)
+                _sets(
+                    _with_background(_FREESURFER, 2035),
+                    ignore=(31, 63, 80, 81, 82, 136, 137, 163, 164),
                 ),
             ),
+            Protocol('gif', _sets(_GIF, ignore=_GIF_IGNORED)),
             Protocol(
                 'mrbrains18',
                 _sets(

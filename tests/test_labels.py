@@ -38,6 +38,24 @@ def test_background_is_never_the_basal_ganglia():
         ('freesurfer', 2035, {'CGM'}),
         ('freesurfer', 24, {'BG'}),
         ('freesurfer', 136, IGNORE),
+        ('freesurfer', 31, IGNORE),
+        ('gif', 4, {'BG'}),
+        ('gif', 70, {'BG'}),
+        ('gif', 24, {'SGM'}),
+        ('gif', 61, {'SGM'}),
+        ('gif', 77, {'SGM'}),
+        ('gif', 35, {'BS'}),
+        ('gif', 63, {'BS'}),
+        ('gif', 74, {'CBM'}),
+        ('gif', 33, {'CGM'}),
+        ('gif', 49, {'CGM'}),
+        ('gif', 208, {'CGM'}),
+        ('gif', 87, {'WM'}),
+        ('gif', 94, {'WM'}),
+        ('gif', 47, {'VEN'}),
+        ('gif', 53, {'VEN'}),
+        ('gif', 64, IGNORE),
+        ('gif', 97, IGNORE),
         ('mrbrains18', 5, {'BG'}),
         ('mrbrains18', 9, IGNORE),
         ('wmh2017', 0, ALL - {'L'}),
@@ -47,6 +65,14 @@ def test_background_is_never_the_basal_ganglia():
 )
 def test_protocols_say_what_the_source_label_may_be(name, source, expected):
     assert PROTOCOLS[name].sets[source] == expected
+
+
+def test_gif_is_neuromorphometrics_plus_one_but_for_what_it_adds():
+    gif, manual = PROTOCOLS['gif'].sets, PROTOCOLS['neuromorphometrics'].sets
+    differ = {value for value in gif if value - 1 in manual and gif[value] != manual[value - 1]}
+    # cerebral exterior, third ventricle, lesion, vessel, lining; parcelled white matter, claustrum
+    white = {*range(81, 88), *range(89, 95)}
+    assert differ == {35, 43, 44, 47, 54, 55, 64, 65, 66, 67, 96, 97} | white
 
 
 def test_encode_gives_bit_sets():
