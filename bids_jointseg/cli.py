@@ -543,3 +543,141 @@ def train(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         return _stop(Exit.USAGE, error)
     return int(Exit.DONE)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Run ``jointseg-evaluate`` and return its exit code."""
+    parser = _Parser(
+        prog='jointseg-evaluate',
+        description='Compare segmentations with a reference: tables, statistics, figures. Reads '
+        'BIDS label maps and masks, and what FreeSurfer, SPM12, FSL FAST, GIF and NiftySeg write.',
+        epilog='exit codes: 0 all compared; 1 some scans were not (the others are complete, '
+        'evaluation.json says why); 2 wrong usage; 65 nothing could be compared; 70 internal '
+        'error.',
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        'predicted', metavar='[NAME=]PREDICTED', help='folder of segmentations, with a name for it'
+    )
+    parser.add_argument('reference', type=_path, metavar='REFERENCE', help='folder of label maps')
+    parser.add_argument('output_dir', type=_path, metavar='OUT', help='folder of the results')
+    parser.add_argument(
+        '--and',
+        dest='more',
+        action='append',
+        default=[],
+        metavar='NAME=PATH',
+        help='one more model; may be given several times',
+    )
+    parser.add_argument(
+        '--protocol',
+        action='append',
+        default=[],
+        metavar='[NAME=]PROTOCOL',
+        help="what a model's labels mean: the name of a protocol, a table (.tsv) of one's own, or "
+        'the tool that wrote them (freesurfer, spm, fast, gif, niftyseg); by default what the '
+        'folder looks like, and jointseg for BIDS label maps',
+    )
+    parser.add_argument(
+        '--reference-protocol', default='', metavar='PROTOCOL', help='the same of the reference'
+    )
+    parser.add_argument(
+        '--entities',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='which label maps of the models, as in desc=aseg or suffix=mask',
+    )
+    parser.add_argument(
+        '--reference-entities',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='which label maps of the reference, as in desc=manual',
+    )
+    parser.add_argument(
+        '--participant-label',
+        nargs='+',
+        default=[],
+        metavar='LABEL',
+        help='only these (sub- is optional)',
+    )
+    parser.add_argument(
+        '--images',
+        type=_path,
+        metavar='BIDS_DIR',
+        help="scans on the references' grids, for the background of the figures",
+    )
+    parser.add_argument('--dataset', default='', metavar='NAME', help='its name in the tables')
+    parser.add_argument('--no-figures', action='store_true', help='only the tables')
+    parser.add_argument('--version', action='version', version=f'jointseg {__version__}')
+    given = sys.argv[1:] if argv is None else argv
+    spelled = [re.sub(r'^--[A-Za-z_-]+', lambda name: name[0].replace('_', '-'), a) for a in given]
+    arguments = parser.parse_args(spelled)
+
+    models: dict[str, Path] = {}
+    for number, text in enumerate([arguments.predicted, *arguments.more]):
+        name, found, folder = text.partition('=')
+        if not found or '/' in name or Path(text).exists():
+            if number:
+                parser.error(f'--and {text}: write NAME=PATH')
+            folder = text
+            name = _path(text).name
+        if name in models:
+            parser.error(f'two models are called {name}: write NAME=PATH with another name')
+        models[name] = _path(folder)
+    protocols: dict[str, str] = {}
+    for text in arguments.protocol:
+        name, found, protocol = text.rpartition('=')
+        if not found:
+            protocols |= {model: protocols.get(model, protocol) for model in models}
+        elif name in models:
+            protocols[name] = protocol
+        else:
+            parser.error(f'--protocol {text}: no model is called {name}')
+    entities: dict[str, dict[str, str]] = {}
+    for option in ('entities', 'reference_entities'):
+        pairs = [text.partition('=') for text in getattr(arguments, option)]
+        if not all(key and value for key, _, value in pairs):
+            parser.error(f'--{option.replace("_", "-")}: write KEY=VALUE, as in desc=manual')
+        entities[option] = {key: value for key, _, value in pairs}
+    if arguments.images is not None and not arguments.images.is_dir():
+        parser.error(f'--images {arguments.images}: no such folder')
+
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
+    LOGGER.setLevel(logging.INFO)
+
+    from bids_jointseg.bids import BidsError, DataError
+    from bids_jointseg.evaluation import evaluate as run
+    from bids_jointseg.labels import ProtocolError
+
+    def stop(code: Exit, message: object) -> int:
+        sys.stderr.write(f'jointseg-evaluate: {message}\n')
+        return int(code)
+
+    try:
+        problems = run(
+            models,
+            arguments.reference,
+            arguments.output_dir,
+            protocols=protocols,
+            reference_protocol=arguments.reference_protocol,
+            participants=[label.removeprefix('sub-') for label in arguments.participant_label],
+            dataset=arguments.dataset,
+            images=arguments.images,
+            figures=not arguments.no_figures,
+            **entities,
+        )
+    except (BidsError, ProtocolError) as error:
+        return stop(Exit.USAGE, error)
+    except DataError as error:
+        return stop(Exit.NO_DATA, error)
+    except KeyboardInterrupt:
+        sys.stderr.write('jointseg-evaluate: interrupted\n')
+        return 130
+    except Exception as error:
+        details = Path(tempfile.gettempdir()) / f'jointseg-{os.getpid()}.txt'
+        details.write_text(traceback.format_exc(), encoding='utf-8')
+        return stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
+    sys.stdout.write((arguments.output_dir / 'table1.md').read_text(encoding='utf-8'))
+    return int(Exit.SCANS_FAILED if problems else Exit.DONE)

@@ -42,6 +42,7 @@ from bids_jointseg.bids import (
 )
 from bids_jointseg.image import Grid, Volume, foreground
 from bids_jointseg.labels import LABELS, Label
+from bids_jointseg.metrics import bland_altman
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -600,12 +601,11 @@ def _finish(
     framed.paste(image)
     draw = ImageDraw.Draw(framed)
     x, y = 12, image.height + 14
-    for label in legend:
-        box = (x, y - 6, x + 16, y + 6) if tags else (x, y - 1, x + 16, y + 1)
-        draw.rectangle(box, label.color)
-        words = f'{label.abbreviation} {label.name}' if tags else label.name
-        write(x + 22, y, words, 'lm')
-        x += 22 + int(draw.textlength(words, _font(13))) + 18
+    entries = [
+        (label.color, f'{label.abbreviation} {label.name}' if tags else label.name)
+        for label in legend
+    ]
+    _write_legend(draw, x, y, entries, half=6 if tags else 1)
     if heat:
         ramp = np.rint(_heat(np.linspace(0, 1, 160)) * 255).astype(np.uint8)
         framed.paste(Image.fromarray(np.repeat(ramp[None], 12, axis=0)), (x, y - 6))
@@ -613,6 +613,22 @@ def _finish(
         write(x + 170, y, words, 'lm')
     write(12, framed.height - 14, text + CONVENTION, 'lm', '#c8c8c8')
     return np.asarray(framed)
+
+
+def _write_legend(
+    draw: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    entries: Sequence[tuple[str, str]],
+    *,
+    half: int,
+    ink: str = '#ffffff',
+) -> None:
+    """Write colours and what they stand for in one line; `half` is half of a mark's height."""
+    for color, words in entries:
+        draw.rectangle((x, y - half, x + 16, y + half), color)
+        draw.text((x + 22, y), words, ink, _font(13), anchor='lm')
+        x += 22 + int(draw.textlength(words, _font(13))) + 18
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
@@ -637,6 +653,260 @@ def _with_palette(picture: NDArray[np.uint8]) -> Image.Image:
     palette = Image.new('P', (1, 1))
     palette.putpalette([*np.ravel(fixed).tolist(), *blends][: 3 * 256])
     return Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+# ---------------------------------------------------------------------------------- comparisons
+
+MARK = '#ff2d55'
+"""Colour of voxels that differ; no class has one like it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One picture of a strip: the bare scan, or what is painted over it.
+
+    Attributes
+    ----------
+    labels
+        Label map `(X, Y, Z)` on the strip's grid.
+    marked
+        Voxels that get one colour, :data:`MARK`, instead of labels.
+    words
+        Written below, such as a score.
+    """
+
+    labels: NDArray[np.integer] | None = None
+    marked: NDArray[np.bool_] | None = None
+    words: str = ''
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """One slice of one scan, shown several times side by side.
+
+    Attributes
+    ----------
+    title
+        Written above.
+    grid
+        Of all arrays, upright (see :func:`upright`).
+    axis, index
+        The RAS axis that the slice crosses, and where.
+    scan
+        Intensities; None leaves the background black.
+    panels
+        From left to right.
+    """
+
+    title: str
+    grid: Grid
+    axis: int
+    index: int
+    scan: NDArray[np.floating] | None
+    panels: Sequence[Panel]
+
+
+def draw_comparison(
+    path: Path, headings: Sequence[str], strips: Sequence[Strip], *, text: str = ''
+) -> Path:
+    """Draw segmentations side by side, one strip below the other, with a legend.
+
+    Parameters
+    ----------
+    path
+        The PNG file.
+    headings
+        Of the columns.
+    strips
+        At least one; each has as many panels as there are headings.
+    text
+        Written at the bottom, before the convention.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    width = max(WIDTH, GAP + len(headings) * 170)
+    pitch = min(300, (width - GAP) // len(headings))
+    first = (width - pitch * len(headings) + GAP) // 2
+    lefts = [first + pitch * column for column in range(len(headings))]
+    top, pieces, shown, marked = 34, [], set(), False
+    for strip in strips:
+        seen = [panel.labels for panel in strip.panels if panel.labels is not None]
+        tile, scale = _fit(strip, seen, pitch - GAP, top + 24)
+        mosaic = Mosaic(strip.grid, (tile,), (tile.size[0], pitch - GAP), scale)
+        brain = np.maximum.reduce(seen) if seen else None
+        scan = None if strip.scan is None else mosaic.cut(_window(strip.scan, brain))
+        pictures = []
+        for panel in strip.panels:
+            soft = None if panel.labels is None else mosaic.memberships(panel.labels)
+            if scan is not None:
+                bare = scan
+            else:  # flat colours where there are labels, black elsewhere
+                bare = np.zeros(mosaic.shape, np.float32) if soft is None else 1 - soft[0]
+            canvas = _gray(bare)
+            if soft is not None:
+                canvas = _filled(mosaic, bare, soft)[0]
+                shown |= set(np.unique(soft.argmax(axis=0)))
+            if panel.marked is not None:
+                alpha = mosaic.cut(panel.marked, kernel='linear')[..., None]
+                canvas = 0.6 * canvas * (1 - alpha) + _rgb(MARK) * alpha
+                marked = True
+            pictures.append(np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
+        pieces.append((top, tile, mosaic, strip, pictures))
+        top += 24 + tile.size[0] + 30
+
+    legend = [
+        (label.color, f'{label.abbreviation} {label.name}')
+        for channel, label in enumerate(LABELS)
+        if channel and channel in shown
+    ] + ([(MARK, 'differs')] if marked else [])
+    image = Image.new('RGB', (width, top + 56))
+    draw = ImageDraw.Draw(image)
+    for left, heading in zip(lefts, headings, strict=True):
+        middle = left + (pitch - GAP) / 2
+        words = _short(draw, heading, pitch - 8)
+        draw.text((middle, 18), words, '#ffffff', _font(16), anchor='mm')
+    for above, tile, mosaic, strip, pictures in pieces:
+        where = f'{PLANES[strip.axis]}, {"xyz"[strip.axis]} {round(mosaic.position_mm(tile))} mm'
+        words = f'{strip.title}   {where}' if strip.title else where
+        draw.text((first, above + 12), words, '#c8c8c8', _font(13), anchor='lm')
+        for left, panel, picture in zip(lefts, strip.panels, pictures, strict=True):
+            image.paste(Image.fromarray(picture), (left, above + 24))
+            below = (left + (pitch - GAP) / 2, above + 24 + tile.size[0] + 12)
+            draw.text(below, panel.words, '#ffffff', _font(13), anchor='mm')
+        for x, side, anchor in ((first + 3, 0, 'lm'), (first + pitch - GAP - 3, 1, 'rm')):
+            middle = above + 24 + tile.size[0] / 2
+            draw.text((x, middle), EDGES[strip.axis][side], '#ffffff', _font(13), anchor=anchor)
+    _write_legend(draw, 12, top + 14, legend, half=6)
+    draw.text((12, top + 42), text + CONVENTION, '#c8c8c8', _font(13), anchor='lm')
+    return write_bytes(path, _png(np.asarray(image)))
+
+
+def _fit(
+    strip: Strip, seen: Sequence[NDArray[np.integer]], side: int, top: int
+) -> tuple[Tile, float]:
+    """Return the part of a slice that shows what is labelled, centred in a frame; pixels a mm."""
+    others = list(_others(strip.axis))
+    spacing = strip.grid.spacing_mm[others]
+    shape = np.array(strip.grid.shape)[others]
+    inside = np.zeros(shape, bool)
+    for labels in seen:
+        inside |= np.moveaxis(labels, strip.axis, 0)[strip.index] > 0
+    if inside.any():
+        corners = np.argwhere(inside)
+        low, high = corners.min(axis=0) * spacing, corners.max(axis=0) * spacing
+    else:
+        low, high = np.zeros(2), (shape - 1) * spacing
+    low, size = low - MARGIN_MM, high - low + 2 * MARGIN_MM
+    scale = float(min(side / size[0], 1.3 * side / size[1]))
+    low[0] -= (side / scale - size[0]) / 2
+    height = int(size[1] * scale)
+    return Tile(strip.axis, strip.index, (low[0], low[1]), (0, 0), (height, side)), scale
+
+
+def _short(draw: ImageDraw.ImageDraw, words: str, width: float, size: int = 16) -> str:
+    """Cut what does not fit."""
+    if draw.textlength(words, _font(size)) <= width:
+        return words
+    while words and draw.textlength(words + '…', _font(size)) > width:
+        words = words[:-1]
+    return words + '…'
+
+
+def draw_agreement(
+    path: Path, title: str, models: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> Path:
+    """Draw Bland-Altman plots of volumes, one for each model, on the same axes.
+
+    Parameters
+    ----------
+    path
+        The PNG file.
+    title
+        Written above.
+    models
+        Name -> predicted and reference volumes in ml, in the same order.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    plots = []
+    for name, (found, truth) in models.items():
+        a, b = np.asarray(found, float), np.asarray(truth, float)
+        known = np.isfinite(a) & np.isfinite(b)
+        plots.append((name, (a + b)[known] / 2, (a - b)[known], bland_altman(a, b)))
+    columns = min(3, len(plots))
+    pitch, height = min(560, WIDTH // columns), 330
+    means = np.concatenate([mean for _, mean, _, _ in plots])
+    heights = [0.0, *np.concatenate([difference for _, _, difference, _ in plots])]
+    heights += [edge for *_, limits in plots for edge in (limits.lower, limits.upper)]
+    x_ticks = _ticks(means.min(initial=np.inf), means.max(initial=-np.inf))
+    y_ticks = _ticks(float(np.nanmin(heights)), float(np.nanmax(heights)))
+    image = Image.new('RGB', (WIDTH, 44 + -(-len(plots) // columns) * height + 34), '#ffffff')
+    draw = ImageDraw.Draw(image)
+    draw.text((16, 22), title, '#000000', _font(18), anchor='lm')
+    note = 'Lines: mean difference and limits of agreement (Bland and Altman, 1999).'
+    draw.text((16, image.height - 17), note, '#505050', _font(13), anchor='lm')
+    for number, (name, mean, difference, limits) in enumerate(plots):
+        row, column = divmod(number, columns)
+        left, top = column * pitch + 84, 44 + row * height + 28
+        right, bottom = (column + 1) * pitch - 104, 44 + (row + 1) * height - 52
+        x, y = _scale(x_ticks, left, right), _scale(y_ticks, bottom, top)
+        heading = _short(draw, f'{name}  (n = {limits.n})', pitch - 90)
+        draw.text((left, top - 14), heading, '#000000', _font(16), anchor='lm')
+        for tick in x_ticks:
+            draw.line((x(tick), bottom, x(tick), bottom + 4), '#606060')
+            draw.text((x(tick), bottom + 14), f'{tick:g}', '#303030', _font(12), anchor='mm')
+        for tick in y_ticks:
+            draw.line((left - 4, y(tick), left, y(tick)), '#606060')
+            draw.text((left - 8, y(tick)), f'{tick:g}', '#303030', _font(12), anchor='rm')
+        draw.line((left, y(0), right, y(0)), '#b0b0b0')
+        for value, words, ink, aside in (
+            (limits.upper, '+1.96 SD', '#d55e00', -14),
+            (limits.bias, 'mean', '#0072b2', 0),
+            (limits.lower, '-1.96 SD', '#d55e00', 14),
+        ):
+            if math.isfinite(value):
+                draw.line((left, y(value), right, y(value)), ink, 2)
+                # The words stay apart where the lines do not.
+                middle = y(limits.bias) + aside
+                at = (min, max)[aside > 0](y(value), middle) if aside else middle
+                words = f'{words} {value:.3g}'
+                draw.text((right + 6, at), words, ink, _font(12), anchor='lm')
+        draw.rectangle((left, top, right, bottom), outline='#606060')
+        for a, b in zip(mean, difference, strict=True):
+            draw.ellipse((x(a) - 3, y(b) - 3, x(a) + 3, y(b) + 3), '#808080', '#000000')
+        words = 'mean of predicted and reference (ml)'
+        draw.text(((left + right) / 2, bottom + 34), words, '#303030', _font(12), anchor='mm')
+        side = Image.new('RGB', (bottom - top, 16), '#ffffff')
+        words = 'predicted - reference (ml)'
+        ImageDraw.Draw(side).text(
+            (side.width / 2, 8), words, '#303030', _font(12), anchor='mm'
+        )
+        image.paste(side.rotate(90, expand=True), (left - 78, top))
+    return write_bytes(path, _png(np.asarray(image)))
+
+
+def _scale(ticks: NDArray[np.float64], start: float, end: float) -> Callable[[float], float]:
+    """Return what maps a value to a pixel: the first tick to `start`, the last to `end`."""
+    return lambda value: start + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (end - start)
+
+
+def _ticks(low: float, high: float, count: int = 5) -> NDArray[np.float64]:
+    """Return about `count` round numbers that enclose two values, evenly apart."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        low, high = 0.0, 1.0
+    if high - low < 1e-9:
+        low, high = low - max(abs(low) * 0.1, 0.5), high + max(abs(high) * 0.1, 0.5)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - raw))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return np.round(np.arange(first, last + 1) * step, 10)
 
 
 # ------------------------------------------------------------------------------------- subject
