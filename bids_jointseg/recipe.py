@@ -81,6 +81,7 @@ class Source:
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, 'root', self.root or self.name)
+        set_(self, 'entities', {key: str(value) for key, value in self.entities.items()})
         for part in ('validation', 'test'):
             people = tuple(str(label).removeprefix('sub-') for label in getattr(self, part))
             set_(self, part, people)
@@ -261,14 +262,17 @@ def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
         if not overrides:
             raise RecipeError(f'{file}: no table [smoke]: say in it what is small in a trial')
         record = _merge(record, overrides)
+    entries = record.pop('datasets', [])
+    if not isinstance(entries, list):
+        raise RecipeError(f'{file}: a single [datasets]: write each dataset as [[datasets]]')
     try:
-        sources = tuple(
-            _source(tuples(entry), file.parent) for entry in record.pop('datasets', ())
-        )
+        sources = tuple(_source(tuples(entry), file.parent) for entry in entries)
         recipe = _build(Recipe, 'a recipe', {**tuples(record), 'datasets': sources})
         _check(recipe)
     except ValueError as error:
         raise RecipeError(f'{file}: {error}') from error
+    except (TypeError, AttributeError) as error:
+        raise RecipeError(f'{file}: a value is of the wrong kind ({error})') from error
     return recipe
 
 

@@ -107,6 +107,8 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f"{HEAD}{TISSUE}test = ['1']\nvalidation = ['sub-1']", '1 in validation and in test'),
         (f"{HEAD}{TISSUE}tells = ['GM']", "a: no such class: 'GM'"),
         (f'{HEAD}{TISSUE}share = -1', 'share is -1'),
+        (f"folds = 'two'\n{HEAD}{TISSUE}", 'a value is of the wrong kind'),
+        (f"{HEAD}[datasets]\nname = 'a'", r'write each dataset as \[\[datasets\]\]'),
         (f'{HEAD}{TISSUE}lesion_masks = true', 'no modalities'),
         (f"{HEAD}{SOURCE}annotation = '.'\nprotocol = 'freesurfer'", 'read, or painted'),
         (TISSUE.replace('freesurfer', 'aal').join((HEAD, '')), "a: no protocol 'aal': choose"),
@@ -230,7 +232,7 @@ def test_label_maps_go_with_their_scans(tmp_path, caplog):
         ]  # fmt: skip
     assert 'a: left out, without a label map: sub-2_run-1, sub-4' in caplog.text
     # only what is asked for
-    assert found(tissue(modalities=('T1w',), entities={'ses': '2', 'desc': 'x'}), root) == [
+    assert found(tissue(modalities=('T1w',), entities={'ses': 2, 'desc': 'x'}), root) == [
         ('sub-1_ses-2', 'sub-1_ses-2_T1w', None, 'sub-1_ses-2_desc-x_dseg')
     ]
     flairs = found(tissue(modalities=('FLAIR',)), root)
