@@ -6,7 +6,8 @@ it all; intensity imitates scanners: coil sensitivity, contrast, noise, thick sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Geometry:
     shape
         Of the window, finely sampled along the slice axis (the last).
     bend
-        Amplitude of the elastic part in source voxels.
+        Standard deviation of the elastic part in source voxels.
     """
 
     matrix: np.ndarray
@@ -76,7 +77,7 @@ def draw_geometry(
         permute[source, axis] = 1
     spread = np.diag([1.0, 1.0, step])
     mirror = np.diag([-1.0 if rng.random() < 0.5 else 1.0, 1.0, 1.0])
-    bend = rng.uniform(0, 2.5) if rng.random() < 0.5 else 0.0
+    bend = rng.uniform(0, 1.6) if rng.random() < 0.5 else 0.0
     return Geometry(mirror @ rotation @ scale @ shear @ permute @ spread, centre, shape, bend)
 
 
@@ -149,7 +150,7 @@ def draw_intensity(rng: np.random.Generator) -> Intensity:
         # Thick slices that somebody resampled: half of their distance as a Gaussian, in voxels.
         thickness[rng.choice(3, p=[0.15, 0.15, 0.7])] = rng.uniform(0.6, 2.0)
     return Intensity(
-        bias=rng.uniform(0, 0.25) if rng.random() < 0.7 else 0.0,
+        bias=rng.uniform(0, 0.18) if rng.random() < 0.7 else 0.0,
         gamma=float(np.exp(rng.uniform(-0.25, 0.25))) if rng.random() < 0.5 else 1.0,
         noise=rng.uniform(0, 0.06) if rng.random() < 0.85 else rng.uniform(0.06, 0.12),
         thickness=(float(thickness[0]), float(thickness[1]), float(thickness[2])),
@@ -177,6 +178,53 @@ def acquire(image: Tensor, drawn: Intensity, generator: Generator) -> Tensor:
     return torch.where(air, torch.zeros(()), noisy) if drawn.clean_air else noisy
 
 
+@dataclass(frozen=True)
+class View:
+    """First voxel of a scan on each axis of a window, and the first beyond its end."""
+
+    low: tuple[int, int, int]
+    high: tuple[int, int, int]
+
+
+def draw_view(rng: np.random.Generator, shape: Sequence[int], chance: float = 0.15) -> View:
+    """Draw the field of view of one scan: with `chance` it ends inside a window of `shape`.
+
+    It ends on one or two sides, more often along the slices (the last axis) than across them,
+    after at most 0.4 of the window.
+    """
+    low, high = [0, 0, 0], [int(size) for size in shape]
+    sides = int(rng.integers(1, 3)) if rng.random() < chance else 0
+    for _ in range(sides):
+        axis = int(rng.choice(3, p=[0.2, 0.2, 0.6]))
+        cut = int(rng.uniform(0, 0.4) * shape[axis])
+        if rng.random() < 0.5:
+            low[axis] = cut
+        else:
+            high[axis] = int(shape[axis]) - cut
+    return View((low[0], low[1], low[2]), (high[0], high[1], high[2]))
+
+
+def limit_view(image: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    """Return an image `(..., X, Y, Z)` with air (0) outside of a view, and what is inside.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        The image, and bool `(X, Y, Z)`.
+    """
+    inside = torch.zeros(image.shape[-3:], dtype=torch.bool)
+    inside[tuple(slice(a, b) for a, b in zip(view.low, view.high, strict=True))] = True
+    return torch.where(inside, image, torch.zeros((), dtype=image.dtype)), inside
+
+
 def standardise(image: Tensor, mean: float, std: float, drawn: Intensity) -> Tensor:
     """Return z-scores, with the error that normalisation over another field of view makes."""
     return ((image - mean) / (std * drawn.scale) + drawn.level).clamp(-6, 8)
+
+
+def within_slices(geometry: Geometry) -> Geometry:
+    """Return the geometry without what leaves the slices: thick ones are kept as they are."""
+    matrix = geometry.matrix.copy()
+    matrix[2, :2] = matrix[:2, 2] = 0
+    matrix[2, 2] = np.sign(matrix[2, 2])
+    return replace(geometry, matrix=matrix)

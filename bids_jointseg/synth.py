@@ -4,20 +4,20 @@ After SynthSeg (Billot et al., Medical Image Analysis 2023), but each modality k
 contrasts that it has in clinical scans: every kind of tissue draws its intensity around the
 value that physics gives it, in units of white matter. Lesions are real ones (expert masks of
 patients in MNI space, moved into the person's brain box and clipped to white matter) or grown
-from noise; dirty white matter, caps and rims of the ventricles, and the choroid plexus are
-bright on FLAIR as well and are not lesions.
+from noise; dirty white matter, caps and rims of the ventricles, the choroid plexus and vessels
+may be bright on FLAIR as well, perivascular spaces dark on T1w, and none of them is a lesion.
 
 Every function is pure: it takes a `torch.Generator` for fields and returns new tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.special import ndtr
 from torch import Generator, Tensor
 
 # Kind of tissue -> mean intensity on T1w and FLAIR in units of white matter, and the spread of
@@ -39,24 +39,35 @@ KINDS: tuple[tuple[str, float, float, float, float], ...] = (
     ('cerebellar white matter', 0.97, 0.04, 1.04, 0.08),
     ('ventricle', 0.28, 0.10, 0.28, 0.13),
     ('extracerebral CSF', 0.30, 0.10, 0.28, 0.14),
-    ('choroid plexus', 0.62, 0.15, 0.85, 0.25),
+    ('choroid plexus', 0.62, 0.15, 0.95, 0.40),
     ('vessel or chiasm', 0.60, 0.30, 0.80, 0.35),
     ('eye', 0.45, 0.20, 0.40, 0.20),
     ('soft tissue', 0.85, 0.35, 0.70, 0.35),
     ('bone', 0.30, 0.25, 0.25, 0.20),
     ('marrow or fat', 1.00, 0.50, 0.70, 0.40),
     ('dura and muscle', 0.60, 0.25, 0.60, 0.25),
+    # A vessel is a void or bright: inflow, contrast agent, slow flow.
+    ('vessel', 0.80, 0.60, 0.80, 0.70),
+    ('perivascular space', 0.38, 0.15, 0.40, 0.20),
 )
 NAMES = tuple(kind[0] for kind in KINDS)
 KIND = {name: index for index, name in enumerate(NAMES)}
 GRAY = tuple(
     KIND[name] for name in ('cortex', 'hippocampus', 'striatum', 'thalamus', 'cerebellar cortex')
 )
+DEEP = tuple(KIND[name] for name in ('striatum', 'thalamus', 'pallidum'))
 WHITE = KIND['white matter']
 VENTRICLE = KIND['ventricle']
 CSF = KIND['extracerebral CSF']
 CEREBRUM = (KIND['white matter'], KIND['cortex'])
-BRAIN = (*range(1, 12), KIND['choroid plexus'])
+PLEXUS = KIND['choroid plexus']
+VESSEL = KIND['vessel']
+SPACE = KIND['perivascular space']
+SPREAD = np.array([{'soft tissue': 0.22, 'marrow or fat': 0.15}.get(name, 0.1) for name in NAMES])
+"""Kind -> standard deviation within it in a painted scan, in units of white matter."""
+MIXED = 0.12
+"""Share of its surroundings in the mean of a kind: measured, like the spread, on painted heads."""
+BRAIN = (*range(1, 12), PLEXUS, VESSEL, SPACE)
 """Kinds that a brain mask holds for certain."""
 
 
@@ -182,22 +193,37 @@ def draw_contrast(modality: str, rng: np.random.Generator, wild: float = 0.1) ->
 def blur(x: Tensor, sigma: float | tuple[float, float, float]) -> Tensor:
     """Return `x` `(X, Y, Z)` smoothed by a Gaussian of `sigma` voxels on each axis."""
     sigmas = (sigma,) * 3 if isinstance(sigma, int | float) else sigma
-    for axis, value in enumerate(sigmas):
-        if value < 0.2:
-            continue
-        # One matrix product per axis: its cost does not grow with sigma.
-        steps = torch.arange(x.shape[axis], dtype=x.dtype)
-        kernel = torch.exp(-0.5 * ((steps[:, None] - steps) / value) ** 2)
-        kernel = kernel / kernel.sum(1, keepdim=True)
-        x = torch.tensordot(kernel, x, ([1], [axis])).movedim(0, axis)
-    return x.contiguous()
+    kernels = []
+    for size, value in zip(x.shape, sigmas, strict=True):
+        steps = torch.arange(size, dtype=x.dtype)
+        kernel = torch.exp(-0.5 * ((steps[:, None] - steps) / max(value, 0.2)) ** 2)
+        kernels.append(kernel / kernel.sum(1, keepdim=True) if value >= 0.2 else None)
+    return _mix(x, kernels)
 
 
 def smooth_field(shape: tuple[int, ...], cell: float, generator: Generator) -> Tensor:
-    """Return standard normal noise that varies over about `cell` voxels, `(X, Y, Z)`."""
-    coarse = [max(2, round(size / cell) + 1) for size in shape]
-    noise = torch.randn(1, 1, *coarse, generator=generator)
-    return F.interpolate(noise, size=shape, mode='trilinear', align_corners=True)[0, 0]
+    """Return a Gaussian random field that varies over about `cell` voxels, `(X, Y, Z)`.
+
+    Mean 0 and variance 1 everywhere: a field that is interpolated linearly between its nodes
+    varies most on them, and its maxima are crosses on a lattice.
+    """
+    kernels = []
+    nodes = []
+    for size, phase in zip(shape, torch.rand(3, generator=generator), strict=True):
+        at = torch.arange(size) / cell + phase
+        node = torch.arange(int(at[-1]) + 2)
+        kernel = torch.exp(-2 * (at[:, None] - node) ** 2)
+        kernels.append(kernel / kernel.norm(dim=1, keepdim=True))
+        nodes.append(len(node))
+    return _mix(torch.randn(nodes, generator=generator), kernels)
+
+
+def _mix(x: Tensor, kernels: Sequence[Tensor | None]) -> Tensor:
+    """Multiply each axis of `x` `(X, Y, Z)` by a matrix; the cost grows with no kernel's width."""
+    first, second, third = kernels
+    x = x if third is None else x @ third.T
+    x = x if second is None else second @ x
+    return x if first is None else (first @ x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 def grow_lesions(
@@ -214,9 +240,11 @@ def grow_lesions(
     generator, rng
         Sources of the field and of its scale.
     """
-    cell = rng.uniform(2.5, 6.0)
+    cell = rng.uniform(4.0, 12.0)
     field = smooth_field(tuple(white.shape), cell, generator)
-    field = field + rng.uniform(0, 3) * near
+    # Finer noise makes the outline uneven.
+    field = field + rng.uniform(0, 0.3) * smooth_field(tuple(white.shape), 3.0, generator)
+    field = field + rng.uniform(0, 5) * near
     inside = field[white > 0.5]
     if inside.numel() < 100:
         return torch.zeros_like(white)
@@ -224,6 +252,110 @@ def grow_lesions(
     # A sample of the voxels is enough for a threshold.
     level = torch.quantile(inside[:: max(1, inside.numel() // 50000)], 1 - share)
     return torch.sigmoid((field - level) * 8) * white
+
+
+def add_distractors(kinds: Tensor, rng: np.random.Generator, generator: Generator) -> Tensor:
+    """Return the kinds of a window with what looks like a lesion and is none.
+
+    Each of them with some probability: choroid plexus along the wall of the ventricles, small
+    vessels through white matter, cortex and fluid, and widened perivascular spaces in white
+    matter and basal ganglia. For painting alone: labels stay those of the tissue around.
+
+    Parameters
+    ----------
+    kinds
+        Kind of tissue of each voxel, uint8 `(X, Y, Z)`; not changed.
+    rng, generator
+        Sources of numbers and places, and of fields.
+    """
+    plexus, vessels, spaces = rng.random(3) < (0.5, 0.5, 0.4)
+    found = kinds.numpy().copy()
+    if plexus:
+        found[_plexus(kinds == VENTRICLE, rng, generator).numpy()] = PLEXUS
+    if vessels:
+        count = int(rng.integers(3, 25))
+        _draw_tubes(found, VESSEL, (WHITE, KIND['cortex'], CSF), count, rng, radius=(0.5, 1.2),
+                    length=(15, 60), turn=0.12, parallel=0.0)  # fmt: skip
+    if spaces:
+        count = int(np.exp(rng.uniform(np.log(5), np.log(100))))
+        _draw_tubes(found, SPACE, (WHITE, *DEEP), count, rng, radius=(0.4, 1.0),
+                    length=(3, 15), turn=0.02, parallel=1.5)  # fmt: skip
+    return torch.from_numpy(found)
+
+
+def _plexus(ventricle: Tensor, rng: np.random.Generator, generator: Generator) -> Tensor:
+    """Return tufts along part of the ventricles' wall, bool `(X, Y, Z)`."""
+    plexus = torch.zeros_like(ventricle)
+    spans = [ventricle.any(i).any(j).nonzero().flatten() for i, j in ((2, 1), (2, 0), (1, 0))]
+    if not len(spans[0]):
+        return plexus
+    box = tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans)
+    inside = ventricle[box]
+    shape = tuple(inside.shape)
+    # Tufts where a coarse field is high, rather close to the wall, with the grain of their villi.
+    score = smooth_field(shape, 10, generator) + 0.3 * smooth_field(shape, 2.5, generator)
+    score = score - rng.uniform(1, 4) * blur(inside.float(), 1.5)
+    chosen = score[inside]
+    # At most a fifth of the fluid, and no more than people have: 0.2 to 2.5 ml at 1 mm.
+    share = min(0.2, rng.uniform(200, 2500) / len(chosen))
+    level = torch.quantile(chosen[:: max(1, len(chosen) // 50000)], 1 - share)
+    plexus[box] = inside & (score > level)
+    return plexus
+
+
+def _draw_tubes(
+    kinds: np.ndarray,
+    kind: int,
+    through: tuple[int, ...],
+    count: int,
+    rng: np.random.Generator,
+    *,
+    radius: tuple[float, float],
+    length: tuple[float, float],
+    turn: float,
+    parallel: float,
+) -> None:
+    """Write curved tubes into `kinds` where these are among `through`.
+
+    Parameters
+    ----------
+    kinds
+        Uint8 `(X, Y, Z)`, changed in place.
+    kind
+        What to write.
+    through
+        Kinds in which tubes begin and which they replace.
+    count
+        How many tubes at most: none begins where ten tries find no voxel of `through`.
+    rng
+        Source of all draws.
+    radius, length
+        Least and greatest, in voxels.
+    turn
+        Change of direction at each half voxel.
+    parallel
+        Weight of a direction that all tubes share.
+    """
+    shape = np.array(kinds.shape)
+    open_to = np.isin(np.arange(256), through)
+    starts = rng.integers(shape, size=(10 * count, 3))
+    starts = starts[open_to[kinds[tuple(starts.T)]]][:count]
+    steps = int(2 * length[1])
+    course = rng.normal(size=(len(starts), 1, 3)) + parallel * rng.normal(size=3)
+    course = course / np.linalg.norm(course, axis=-1, keepdims=True)
+    course = course + np.cumsum(turn * rng.normal(size=(len(starts), steps, 3)), 1)
+    course = course / np.linalg.norm(course, axis=-1, keepdims=True)
+    points = starts[:, None] + np.cumsum(0.5 * course, 1)
+    wide = rng.uniform(*radius, (len(starts), 1, 1))
+    ends = 2 * rng.uniform(*length, (len(starts), 1, 1))
+    around = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing='ij'), -1).reshape(-1, 3)
+    voxels = points.round().astype(int)[:, :, None] + around
+    keep = np.linalg.norm(voxels - points[:, :, None], axis=-1) <= wide
+    keep &= np.arange(steps)[:, None] < ends
+    keep &= ((voxels >= 0) & (voxels < shape)).all(-1)
+    x, y, z = voxels[keep].T
+    inside = open_to[kinds[x, y, z]]
+    kinds[x[inside], y[inside], z[inside]] = kind
 
 
 def paint(
@@ -251,20 +383,21 @@ def paint(
     shape = tuple(kinds.shape)
     index = kinds.long()
     image = torch.as_tensor(contrast.means, dtype=torch.float32)[index]
-    texture = smooth_field(shape, 12, generator) + 0.5 * smooth_field(shape, 3, generator)
+    texture = 0.6 * smooth_field(shape, 12, generator) + 0.3 * smooth_field(shape, 3, generator)
     image = image * (1 + contrast.texture * texture)
     # Soft tissue is fat and muscle in layers.
     soft = kinds == KIND['soft tissue']
-    image = torch.where(soft, image * (0.35 * smooth_field(shape, 4, generator)).exp(), image)
+    image = torch.where(soft, image * (0.25 * smooth_field(shape, 4, generator)).exp(), image)
     image = blur(image, 0.6)
     white = (kinds == WHITE).float()
-    edge = 4 * blur((kinds == VENTRICLE).float(), 1.2) * white
-    where = smooth_field(shape, 10, generator).clamp(0, 2)
-    haze = blur(lesion, 3.0) * white + 0.5 * smooth_field(shape, 8, generator).clamp(0, 2) * white
+    ventricle = (kinds == VENTRICLE).float()
+    # A rim is fainter than a lesion, and dirty white matter gathers around the ventricles.
+    rim = 2.5 * blur(ventricle, 1.2) * smooth_field(shape, 10, generator).clamp(0, 1)
+    haze = (0.3 + 2 * blur(ventricle, 5.0)) * smooth_field(shape, 8, generator).clamp(0, 1)
     return (
         image
-        + contrast.rim * edge * where
-        + contrast.dirt * haze
+        + contrast.rim * rim * white
+        + contrast.dirt * (haze + blur(lesion, 3.0)) * white
         + contrast.lesion * severity * blur(lesion, 0.5)
     )
 
@@ -273,19 +406,32 @@ def painted_level(means: np.ndarray, counts: Mapping[int, int]) -> tuple[float, 
     """Return mean and standard deviation over the foreground of a whole painted scan.
 
     The same rule as :func:`bids_jointseg.image.foreground`, from the number of voxels of each
-    kind, so that a window can be painted alone and still be normalised as its scan.
+    kind, so that a window can be painted alone and still be normalised as its scan. Each kind
+    is taken to be normally distributed: partial volume, texture, bias and noise spread it.
+
+    Parameters
+    ----------
+    means
+        Kind -> intensity, in units of white matter, `(K,)`; after gamma, if there is one.
+    counts
+        Kind -> voxels in the whole scan.
     """
     kinds = np.array([kind for kind in counts if kind != AIR])
     weights = np.array([counts[int(kind)] for kind in kinds], dtype=float)
-    values = means[kinds]
+    centre = means[kinds]
+    # Partial volume: the layers of a head are few voxels thick.
+    centre = centre + MIXED * (np.average(centre, weights=weights) - centre)
+    spread = SPREAD[kinds]
     threshold = 0.0
     for _ in range(50):
-        keep = values > threshold
-        new = 0.5 * float(np.average(values[keep], weights=weights[keep]))
-        if abs(new - threshold) < 1e-4:
+        # Weight, mean and mean square of what each normal distribution has above the threshold.
+        z = (threshold - centre) / spread
+        density = spread * np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+        share = ndtr(-z)
+        total = weights @ share
+        mean = weights @ (centre * share + density) / total
+        square = weights @ ((centre**2 + spread**2) * share + (centre + threshold) * density)
+        if abs(0.5 * mean - threshold) < 1e-4:
             break
-        threshold = new
-    keep = values > threshold
-    mean = float(np.average(values[keep], weights=weights[keep]))
-    variance = float(np.average((values[keep] - mean) ** 2, weights=weights[keep]))
-    return mean, float(np.sqrt(variance + 0.1**2))
+        threshold = 0.5 * mean
+    return float(mean), float(np.sqrt(max(square / total - mean**2, 1e-4)))
