@@ -309,12 +309,16 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     for (dataset, region, model), scans in groups.items():
         identity = {'dataset': dataset, 'model': model, 'region': region}
         for measure in _measures(region):
-            found = metrics.summary([row[measure] for row in scans.values()])
-            cohort.append(identity | {'measure': measure} | _flat(found))
+            values = metrics.summary([row[measure] for row in scans.values()])
+            cohort.append(identity | {'measure': measure} | _flat(values))
         volumes = [
             [row[key] for row in scans.values()] for key in ('predicted_mm3', 'reference_mm3')
         ]
-        agreement.append(identity | _flat(metrics.bland_altman(*volumes)))
+        found = _flat(metrics.bland_altman(*volumes))
+        agreement.append(
+            identity
+            | {key if key in ('n', 'missing') else f'{key}_mm3': v for key, v in found.items()}
+        )
     write('cohort.tsv', tuple(cohort[0]) if cohort else ('dataset',), cohort)
     write('agreement.tsv', tuple(agreement[0]) if agreement else ('dataset',), agreement)
     pairs = _pairs(groups)
@@ -801,6 +805,7 @@ def evaluate(
     problems: list[Problem] = []
     missing: list[dict[str, str]] = []
     rows: list[Row] = []
+    taken: dict[tuple[str, Path], str] = {}
     for item in _unique(truth.found):
         matched: dict[str, LabelMap] = {}
         for model in columns.values():
@@ -811,8 +816,13 @@ def evaluate(
                 continue
             if suiting is None:
                 missing.append({'scan': item.name, 'model': model.name})
-            else:
+                continue
+            other = taken.setdefault((model.name, suiting.paths[0]), item.name)
+            if other == item.name:
                 matched[model.name] = suiting
+            else:
+                reason = f'{suiting.paths[0]} is taken for {other}: give it the entities of one'
+                problems.append(Problem(item.name, model.name, reason))
         if not matched:
             continue
         case, new, failed = _score_case(item, matched, truth, columns, among, dataset)
@@ -865,12 +875,23 @@ def _provenance(model: Model, wanted: Mapping[str, str]) -> Row:
 
 
 def _brief(rows: Sequence[Row]) -> str:
-    """Return the mean Dice of each model, in words."""
-    by_model: dict[str, list[float]] = {}
+    """Return the mean Dice of each model on one scan, in words."""
+    shared, means = _mean_dice(rows)
+    words = ', '.join(f'{model} {mean:.1f}' for model, mean in means.items())
+    return f'mean Dice of {", ".join(shared)}: {words}' if shared else 'scored'
+
+
+def _mean_dice(rows: Sequence[Row]) -> tuple[list[str], dict[str, float]]:
+    """Return the regions that all models of a scan are compared in, and each one's mean Dice."""
+    dice: dict[str, dict[str, float]] = {}
     for row in rows:
-        by_model.setdefault(row['model'], []).append(row['dice'])
-    means = {name: metrics.summary(values).mean for name, values in by_model.items()}
-    return 'mean Dice ' + ', '.join(f'{name} {mean:.1f}' for name, mean in means.items())
+        dice.setdefault(row['model'], {})[row['region']] = row['dice']
+    first = next(iter(dice.values()), {})
+    shared = [region for region in first if all(region in found for found in dice.values())]
+    return shared, {
+        model: metrics.summary([found[region] for region in shared]).mean
+        for model, found in dice.items()
+    }
 
 
 def _model(
@@ -1038,7 +1059,8 @@ def _draw(
     slug = re.sub(r'[^A-Za-z0-9]+', '', dataset) or 'dataset'
     shown = _representative(cases, rows)
     strips, differing = [], []
-    for case in shown:
+    over: dict[str, None] = {}
+    for rank, case in shown:
         labels, grid = read_label_map(case.reference)
         sets = _encode(truth, case.reference, labels)
         found = {
@@ -1052,17 +1074,21 @@ def _draw(
         lesions = truth.protocol.tells_lesions and not truth.protocol.tells_tissue
         axis = upright.thick_axis
         index = _best_slice(wanted, axis, lesions)
-        dice = _mean_dice(rows, case.name)
+        shared, dice = _mean_dice([row for row in rows if row['scan'] == case.name])
         panels = [reports.Panel(_DRAWN[wanted])]
         panels += [
-            reports.Panel(_DRAWN[turned[name][0]], words=f'mean Dice {dice[name]:.1f}')
+            reports.Panel(
+                _DRAWN[turned[name][0]], words=f'mean Dice {dice[name]:.1f}' if shared else ''
+            )
             if name in turned
             else reports.Panel(words='no result')
             for name in columns
         ]
         bare = [] if scan is None else [reports.Panel()]
-        strips.append(reports.Strip(case.name, upright, axis, index, scan, [*bare, *panels]))
-        if case is not shown[len(shown) // 2]:
+        title = f'{case.name}   {rank}'.strip()
+        strips.append(reports.Strip(title, upright, axis, index, scan, [*bare, *panels]))
+        over |= dict.fromkeys(shared)
+        if case is not shown[len(shown) // 2][1]:
             continue
         for name, (array, _) in turned.items():
             differs = (array & wanted) == 0
@@ -1079,7 +1105,7 @@ def _draw(
     drawn = [
         reports.draw_comparison(
             folder / f'{slug}_models.png', [*image, 'Reference', *columns], strips,
-            text=f'{dataset}. ',
+            text=f'{dataset}{"; Dice: mean over " * bool(over)}{", ".join(over)}. ',
         ),
         reports.draw_comparison(
             folder / f'{slug}_differences.png',
@@ -1103,22 +1129,18 @@ def _draw(
     return drawn
 
 
-def _mean_dice(rows: Sequence[Row], scan: str) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row['scan'] == scan:
-            found.setdefault(row['model'], []).append(row['dice'])
-    return {name: metrics.summary(values).mean for name, values in found.items()}
-
-
-def _representative(cases: Sequence[Case], rows: Sequence[Row]) -> list[Case]:
+def _representative(cases: Sequence[Case], rows: Sequence[Row]) -> list[tuple[str, Case]]:
     """Return the scans with the lowest, the median and the highest mean Dice of all models."""
-    means = {
-        case.name: metrics.summary(list(_mean_dice(rows, case.name).values())).mean
-        for case in cases
-    }
-    ranked = sorted(cases, key=lambda case: (np.nan_to_num(means[case.name]), case.name))
-    return [ranked[k] for k in sorted({0, (len(ranked) - 1) // 2, len(ranked) - 1})]
+    means = {}
+    for case in cases:
+        _, dice = _mean_dice([row for row in rows if row['scan'] == case.name])
+        means[case.name] = float(np.nan_to_num(metrics.summary(list(dice.values())).mean))
+    ranked = sorted(cases, key=lambda case: (means[case.name], case.name))
+    last = len(ranked) - 1
+    if last < 2:
+        return [('', case) for case in ranked]
+    chosen = zip(('lowest', 'median', 'highest'), (0, last // 2, last), strict=True)
+    return [(f'{words} Dice of {len(ranked)} scans', ranked[place]) for words, place in chosen]
 
 
 def _best_slice(sets: NDArray[np.uint8], axis: int, lesions: bool) -> int:

@@ -771,7 +771,7 @@ def draw_comparison(
     for above, tile, mosaic, strip, pictures in pieces:
         where = f'{PLANES[strip.axis]}, {"xyz"[strip.axis]} {round(mosaic.position_mm(tile))} mm'
         words = f'{strip.title}   {where}' if strip.title else where
-        draw.text((first, above + 12), words, '#c8c8c8', _font(13), anchor='lm')
+        draw.text((max(first, 12), above + 12), words, '#c8c8c8', _font(13), anchor='lm')
         for left, panel, picture in zip(lefts, strip.panels, pictures, strict=True):
             image.paste(Image.fromarray(picture), (left, above + 24))
             below = (left + (pitch - GAP) / 2, above + 24 + tile.size[0] + 12)
@@ -845,7 +845,8 @@ def draw_agreement(
     heights = [0.0, *np.concatenate([difference for _, _, difference, _ in plots])]
     heights += [edge for *_, limits in plots for edge in (limits.lower, limits.upper)]
     x_ticks = _ticks(means.min(initial=np.inf), means.max(initial=-np.inf))
-    y_ticks = _ticks(float(np.nanmin(heights)), float(np.nanmax(heights)))
+    low, high = float(np.nanmin(heights)), float(np.nanmax(heights))
+    y_ticks = _ticks(low - 0.03 * (high - low), high + 0.03 * (high - low))
     image = Image.new('RGB', (WIDTH, 44 + -(-len(plots) // columns) * height + 34), '#ffffff')
     draw = ImageDraw.Draw(image)
     draw.text((16, 22), title, '#000000', _font(18), anchor='lm')
