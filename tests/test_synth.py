@@ -320,6 +320,13 @@ def test_geometry_maps_slices_to_their_axis():
         assert np.linalg.norm(drawn.matrix[:, 2]) == pytest.approx(3, rel=0.3)
 
 
+def test_thick_slices_stay_slices():
+    matrix = np.array([[0.9, 0.1, 0.2], [-0.1, 0.9, 0.2], [0.3, 0.3, -1.1]])
+    kept = augment.within_slices(augment.Geometry(matrix, np.zeros(3), (8, 8, 4), 1.0))
+    assert kept.matrix.tolist() == [[0.9, 0.1, 0], [-0.1, 0.9, 0], [0, 0, -1]]
+    assert matrix[2, 0] == 0.3
+
+
 def test_geometry_mirrors_half_of_the_windows_and_never_collapses():
     rng = np.random.default_rng(0)
     drawn = [
