@@ -274,16 +274,20 @@ def _surfaces(
 # --------------------------------------------------------------------------------------- tables
 
 
-def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
+def write_tables(
+    rows: Sequence[Row], folder: Path, *, models: Sequence[str] = ()
+) -> list[Path]:
     """Write all tables of a comparison.
 
     Parameters
     ----------
     rows
-        Of :func:`score`, with `dataset`, `scan` and `model`. The order of datasets and models is
-        that of the columns of Table 1; regions come in the order of :data:`ORDER`.
+        Of :func:`score`, with `dataset`, `scan` and `model`. Datasets come in this order, regions
+        in that of :data:`ORDER`.
     folder
         Where to.
+    models
+        The order of models, those that are not named in that of the rows.
 
     Returns
     -------
@@ -304,11 +308,11 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     if lesions:
         write('lesions.tsv', (*keys, *LESION_MEASURES), lesions)
 
-    groups = _grouped(rows)
+    groups = _grouped(rows, models)
     cohort, agreement = [], []
     for (dataset, region, model), scans in groups.items():
         identity = {'dataset': dataset, 'model': model, 'region': region}
-        for measure in _measures(region):
+        for measure in _measures(scans):
             values = metrics.summary([row[measure] for row in scans.values()])
             cohort.append(identity | {'measure': measure} | _flat(values))
         volumes = [
@@ -324,34 +328,32 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     pairs = _pairs(groups)
     if pairs:
         write('paired.tsv', tuple(pairs[0]), pairs)
-    written += _write_table1(groups, folder)
+    written += _write_table1(groups, folder, [*models, *(row['model'] for row in rows)])
     return written
 
 
 Groups = dict[tuple[str, str, str], dict[str, Row]]
 
 
-def _grouped(rows: Sequence[Row]) -> Groups:
+def _grouped(rows: Sequence[Row], models: Sequence[str] = ()) -> Groups:
     """Return (dataset, region, model) -> scan -> row; all in the order of the tables."""
-    place = {name: _place(frozenset(name.split('+'))) for name in {row['region'] for row in rows}}
-    first: dict[tuple[str, str], int] = {}
-    for number, row in enumerate(rows):
-        for kind in ('dataset', 'model'):
-            first.setdefault((kind, row[kind]), number)
+    datasets = list(dict.fromkeys(row['dataset'] for row in rows))
+    order = list(dict.fromkeys([*models, *(row['model'] for row in rows)]))
     groups: Groups = {}
-    for row in sorted(
-        rows,
-        key=lambda row: (
-            first['dataset', row['dataset']], place[row['region']], first['model', row['model']]
-        ),
-    ):  # fmt: skip
-        key = (row['dataset'], row['region'], row['model'])
-        groups.setdefault(key, {})[row['scan']] = row
-    return groups
+    for row in rows:
+        groups.setdefault((row['dataset'], row['region'], row['model']), {})[row['scan']] = row
+
+    def place(key: tuple[str, str, str]) -> tuple[int, tuple[int, int, str], int]:
+        dataset, region, model = key
+        return datasets.index(dataset), _place(frozenset(region.split('+'))), order.index(model)
+
+    return {key: groups[key] for key in sorted(groups, key=place)}
 
 
-def _measures(region: str) -> tuple[str, ...]:
-    return (*_COMPARED, *_COMPARED_LESIONS) if region == 'L' else _COMPARED
+def _measures(scans: Mapping[str, Row]) -> list[str]:
+    """Return what is summarised over scans: the lesion-wise measures where there are any."""
+    first = next(iter(scans.values()))
+    return [name for name in (*_COMPARED, *_COMPARED_LESIONS) if name in first]
 
 
 def _flat(statistics: Any) -> Row:
@@ -373,7 +375,7 @@ def _pairs(groups: Groups) -> list[Row]:
         for one, other in itertools.combinations([key[2] for key in items], 2):
             a, b = groups[dataset, region, one], groups[dataset, region, other]
             shared = [scan for scan in a if scan in b]
-            for measure in _measures(region):
+            for measure in _measures(a):
                 test = metrics.paired(
                     [a[scan][measure] for scan in shared], [b[scan][measure] for scan in shared]
                 )
@@ -387,13 +389,18 @@ def _pairs(groups: Groups) -> list[Row]:
     return table
 
 
-def _write_table1(groups: Groups, folder: Path) -> list[Path]:
+def _write_table1(groups: Groups, folder: Path, models: Sequence[str]) -> list[Path]:
     """Write the mean Dice of each tissue and model, laid out as the paper's Table 1."""
-    columns = list(dict.fromkeys((dataset, model) for dataset, _, model in groups))
+    datasets = list(dict.fromkeys(dataset for dataset, _, _ in groups))
+    there = {(dataset, model) for dataset, _, model in groups}
+    columns = [
+        column
+        for column in itertools.product(datasets, dict.fromkeys(models))
+        if column in there
+    ]
     names = sorted(
         {region for _, region, _ in groups}, key=lambda name: _place(frozenset(name.split('+')))
     )
-    datasets = list(dict.fromkeys(dataset for dataset, _ in columns))
     heads = [f'{d}: {m}' if len(datasets) > 1 else m for d, m in columns]
     flat, lines = [], []
     for region in names:
@@ -838,7 +845,7 @@ def evaluate(
             f'{reference}: nothing could be compared'
             + ('' if problems else ': no segmentation has the sub, ses and run of a reference')
         )
-    write_tables(rows, out_dir)
+    write_tables(rows, out_dir, models=list(columns))
     drawn = _draw(cases, rows, truth, columns, out_dir, dataset, images) if figures else []
     write_json(
         out_dir / 'evaluation.json',
@@ -1114,7 +1121,7 @@ def _draw(
             text=f'{dataset}: voxels where model and reference cannot both be right. ',
         ),
     ]  # fmt: skip
-    groups = _grouped(rows)
+    groups = _grouped(rows, list(columns))
     for region in dict.fromkeys(key[1] for key in groups):
         volumes = {
             model: (
