@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 LOGGER = logging.getLogger('bids_jointseg')
 
@@ -190,7 +190,7 @@ _COMPARED_LESIONS = tuple(name for name in LESION_MEASURES if not name.startswit
 def score(
     found: NDArray[np.uint8],
     truth: NDArray[np.uint8],
-    spacing_mm: Sequence[float],
+    spacing_mm: ArrayLike,
     *,
     predicted: Protocol = PROTOCOLS['jointseg'],
     reference: Protocol = PROTOCOLS['jointseg'],
@@ -227,6 +227,7 @@ def score(
     """
     if found.shape != truth.shape:
         raise ValueError(f'shapes differ: {found.shape} and {truth.shape}')
+    spacing = tuple(np.asarray(spacing_mm, float).tolist())
     if among is None:
         among = common_regions(reference, {'': predicted})
     # No region has the background, so what may be background on both sides is in none.
@@ -243,32 +244,22 @@ def score(
             counts &= truth & np.uint8(bits(ALL - left_out)) != 0
         a = counts & (found & outside == 0)
         b = counts & (truth & outside == 0)
-        hd95, asd = _surfaces(a, b, spacing_mm)
         row = {
             **identity,
             'region': region_name(region),
             'dice': metrics.dice_of(a, b),
             'jaccard': metrics.jaccard_of(a, b),
-            'hd95_mm': hd95,
-            'asd_mm': asd,
+            'hd95_mm': metrics.hausdorff95(a, b, spacing),
+            'asd_mm': metrics.average_surface_distance(a, b, spacing),
             'avd_percent': metrics.absolute_volume_difference(a, b),
             'volumetric_similarity': metrics.volumetric_similarity(a, b),
-            'predicted_mm3': metrics.volume_mm3(a, spacing_mm),
-            'reference_mm3': metrics.volume_mm3(b, spacing_mm),
+            'predicted_mm3': metrics.volume_mm3(a, spacing),
+            'reference_mm3': metrics.volume_mm3(b, spacing),
         }
         if region == {'L'}:
-            row |= vars(metrics.lesion_wise(a, b, spacing_mm))
+            row |= vars(metrics.lesion_wise(a, b, spacing))
         rows.append(row)
     return rows
-
-
-def _surfaces(
-    a: NDArray[np.bool_], b: NDArray[np.bool_], spacing_mm: Sequence[float]
-) -> tuple[float, float]:
-    return (
-        metrics.hausdorff95(a, b, spacing_mm),
-        metrics.average_surface_distance(a, b, spacing_mm),
-    )
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -998,10 +989,9 @@ def _score_case(
         except (ImageError, ProtocolError) as error:
             problems.append(Problem(item.name, name, str(error)))
             continue
-        spacing = tuple(map(float, grid.spacing_mm))
         rows += score(
-            found, wanted, spacing, predicted=columns[name].protocol, reference=truth.protocol,
-            among=among, dataset=dataset, scan=item.name, model=name,
+            found, wanted, grid.spacing_mm, predicted=columns[name].protocol,
+            reference=truth.protocol, among=among, dataset=dataset, scan=item.name, model=name,
         )  # fmt: skip
         scored[name] = candidate
     return Case(item.name, item, scored), rows, problems

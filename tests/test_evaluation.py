@@ -391,6 +391,33 @@ def test_tools_stand_in_the_same_table(folders, tmp_path):
     assert '| Gray matter + basal ganglia |' in (out / 'table1.md').read_text()
 
 
+def test_labels_of_a_tool_in_a_bids_dataset(tmp_path):
+    """As fMRIPrep writes FreeSurfer's, on the scan's grid, beside others."""
+    truth = dataset(tmp_path / 'ref', sub01=brain())
+    aseg = np.zeros((32, 6, 5), np.int16)
+    for index, label in {WM: 41, L: 77, CGM: 42, SGM: 10, BS: 16, CBM: 8, VEN: 43}.items():
+        aseg[brain() == index] = label
+    anat = tmp_path / 'fmriprep' / 'sub-01' / 'anat'
+    save(anat / 'sub-01_desc-aseg_dseg.nii.gz', aseg)
+    save(anat / 'sub-01_dseg.nii.gz', (aseg > 0).astype(np.uint8))
+    arguments = [tmp_path / 'fmriprep', truth, tmp_path / 'out', '--no-figures']
+    arguments += ['--protocol', 'freesurfer', '--entities', 'desc=aseg']
+    assert cli.evaluate([*map(str, arguments)]) == 0
+    rows = read(tmp_path / 'out' / 'scans.tsv')
+    assert [row['dice'] for row in rows] == ['100'] * 7
+
+
+def test_lesion_masks(tmp_path):
+    other = (brain(1) == L).astype(np.uint8)
+    for root, data in (('ref', brain() == L), ('W', other)):
+        path = tmp_path / root / 'sub-01' / 'anat' / 'sub-01_label-lesion_mask.nii.gz'
+        save(path, data.astype(np.uint8))
+    truth, found = tmp_path / 'ref', tmp_path / 'W'
+    assert evaluation.evaluate({'W': found}, truth, tmp_path / 'out') == []
+    (row,) = read(tmp_path / 'out' / 'scans.tsv')
+    assert (row['region'], row['dice'], row['predicted_mm3']) == ('L', '50', '48')
+
+
 def test_pairs_by_entities(tmp_path):
     def item(name, **entities):
         return evaluation.LabelMap('bids', (tmp_path / name,), entities)
