@@ -499,51 +499,83 @@ def _warn_of_validation(settings: Settings) -> None:
         LOGGER.warning('bids-validator: and %d more; going on all the same', len(errors) - 3)
 
 
-if __name__ == '__main__':
-    sys.exit(main())
-
-
 def train(argv: Sequence[str] | None = None) -> int:
     """Run ``jointseg-train`` and return its exit code."""
+    from bids_jointseg.card import ModelError
     from bids_jointseg.recipe import RecipeError
 
-    training = argparse.ArgumentParser(
-        'jointseg-train',
-        description='Train the joint model from datasets that are each annotated for one task.',
+    training = _Parser(
+        prog='jointseg-train',
+        description='Train the joint model from datasets that are each annotated for one task. '
+        'The same command goes on where it stopped.',
+        epilog='exit codes: 0 done; 1 some scans or folds failed; 2 wrong usage; 70 internal '
+        'error.',
     )
-    training.add_argument('recipe', help='a recipe in the package (jointseg), or a TOML file')
-    training.add_argument('output_dir', type=_path, help='for checkpoint, curve and model')
-    training.add_argument('--data', type=_path, required=True, help='folder with the datasets')
-    training.add_argument('-w', '--work-dir', type=_path, help='for the cache [OUTPUT_DIR/work]')
-    training.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
-    training.add_argument('--omp-nthreads', type=int, default=1, help='threads of the training')
-    training.add_argument('--workers', type=int, default=1, help='processes for each dataset')
+    training.add_argument('recipe', help='a TOML file, or the name of a recipe in the package')
+    training.add_argument('output_dir', type=_path, help='for models, curves and tables')
     training.add_argument(
-        '--hours', type=float, default=float('inf'), help='stop after this time; go on later'
+        '--data', type=_path, help="folder with the datasets (default: the recipe's)"
     )
+    training.add_argument(
+        '--smoke', action='store_true', help="the recipe's small size, about a minute"
+    )
+    training.add_argument(
+        '--fold', type=int, nargs='+', default=(), metavar='N', help='only these (from 0)'
+    )
+    training.add_argument('-w', '--work-dir', type=_path, help='default: OUTPUT_DIR/work')
+    training.add_argument('--device', default='auto', metavar='{auto,cpu,cuda,cuda:N}')
+    training.add_argument(
+        '--processes', type=int, default=1, metavar='N', help='that share an iteration (GPUs)'
+    )
+    training.add_argument('--nprocs', type=int, default=os.cpu_count() or 1, metavar='N')
+    training.add_argument(
+        '--omp-nthreads', type=int, default=1, metavar='N', help='threads of the training'
+    )
+    training.add_argument(
+        '--workers', type=int, default=1, metavar='N', help='processes that draw samples, each'
+    )
+    training.add_argument(
+        '--hours', type=float, default=float('inf'), help='stop after this time, to go on later'
+    )
+    training.add_argument('-v', '--verbose', action='count', default=0)
+    training.add_argument('--version', action='version', version=f'jointseg {__version__}')
     arguments = training.parse_args(argv)
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
-    LOGGER.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
     try:
-        from bids_jointseg.workflows.execution import configure_nipype
-        from bids_jointseg.workflows.training import init_training_wf
+        from bids_jointseg.workflows.training import Options, run
 
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        configure_nipype(arguments.output_dir / 'nipype.log', 0, False)
-        init_training_wf(
-            recipe=arguments.recipe,
-            data=arguments.data,
-            out_dir=arguments.output_dir,
-            work_dir=arguments.work_dir or arguments.output_dir / 'work',
-            device=arguments.device,
-            threads=arguments.omp_nthreads,
-            workers=arguments.workers,
-            seconds=arguments.hours * 3600,
-        ).run(plugin='Linear')
-    except RecipeError as error:
+        named = '/' in arguments.recipe or arguments.recipe.endswith('.toml')
+        failures = run(
+            Options(
+                # Nodes run in folders of their own.
+                recipe=str(_path(arguments.recipe)) if named else arguments.recipe,
+                out_dir=arguments.output_dir,
+                data=arguments.data,
+                work_dir=arguments.work_dir,
+                smoke=arguments.smoke,
+                folds=tuple(arguments.fold),
+                device=arguments.device,
+                processes=arguments.processes,
+                nprocs=arguments.nprocs,
+                threads=arguments.omp_nthreads,
+                workers=arguments.workers,
+                seconds=arguments.hours * 3600,
+                verbose=arguments.verbose,
+            )
+        )
+    except (RecipeError, ModelError) as error:
         return _stop(Exit.USAGE, error)
-    return int(Exit.DONE)
-
+    except KeyboardInterrupt:
+        sys.stderr.write('jointseg-train: interrupted; the same command goes on\n')
+        return 130
+    if failures:
+        rows = [(item.scan, item.stage, item.reason) for item in failures]
+        sys.stdout.write(_align([('failed', 'at', 'why'), *rows]))
+        return Exit.SCANS_FAILED
+    return Exit.DONE
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """Run ``jointseg-evaluate`` and return its exit code."""
@@ -681,3 +713,7 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         return stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
     sys.stdout.write((arguments.output_dir / 'table1.md').read_text(encoding='utf-8'))
     return int(Exit.SCANS_FAILED if problems else Exit.DONE)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -173,6 +173,30 @@ def load_scan(path: str | os.PathLike[str]) -> Volume:
     return Volume(data, grid)
 
 
+def load_labels(path: str | os.PathLike[str]) -> Volume:
+    """Read a label map on its own grid, as float32 (X, Y, Z) with whole numbers.
+
+    Raises
+    ------
+    ImageError
+        If the file cannot be read or holds other numbers: labels that were interpolated.
+    """
+    image, grid = _open(path)
+    try:
+        data = np.asarray(image.dataobj, dtype=np.float32).reshape(grid.shape, order='A')
+    except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        raise ImageError(
+            f'{path}: the labels cannot be read ({_one_line(error)}): copy the file again'
+        ) from error
+    labels = np.rint(data)
+    if not np.array_equal(labels, data):
+        raise ImageError(
+            f'{path}: not a label map, some values are no whole numbers: '
+            'labels must not be interpolated'
+        )
+    return Volume(labels, grid)
+
+
 def load_grid(path: str | os.PathLike[str]) -> Grid:
     """Read where a scan's voxels lie, from the header only.
 

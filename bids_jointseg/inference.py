@@ -33,21 +33,24 @@ def choose_device(device: str = 'auto') -> torch.device:
     return torch.device(device)
 
 
-def native_bfloat16(device: torch.device) -> bool:
-    """Return whether the processor has bfloat16 itself: emulated, it is ten times slower."""
+def fast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type in which convolutions are fastest and good enough; None for float32.
+
+    bfloat16 where it is native (emulated, a CPU is ten times slower), else float16 on a GPU.
+    """
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and bool(torch.cpu._is_avx512_bf16_supported())
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return None
 
 
 def probabilities(network: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
-    """Return softmax probabilities `(B, C, X, Y, Z)` in float32.
-
-    Convolutions run in bfloat16 where that is native.
-    """
+    """Return softmax probabilities `(B, C, X, Y, Z)` in float32; see :func:`fast_type`."""
     device = next(iter(images.values())).device
-    native = native_bfloat16(device)
-    with torch.autocast(device.type, torch.bfloat16) if native else nullcontext():
+    fast = fast_type(device)
+    with torch.autocast(device.type, fast) if fast else nullcontext():
         logits = network(images)
     return logits.float().softmax(1)
 

@@ -12,6 +12,8 @@ One pass or two, T1w or FLAIR or both: everything here loops over what there is.
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -594,69 +596,146 @@ class DrawFigures(SimpleInterface):
 
 
 class _CacheInput(BaseInterfaceInputSpec):
-    annotation = File(exists=True, mandatory=True, desc='label map at 1 mm')
-    protocol = traits.Str(mandatory=True)
-    scan = traits.Either(None, File(exists=True), usedefault=True, desc='T1w; painted if None')
-    name = traits.Str(mandatory=True)
+    dataset = traits.Str(mandatory=True)
+    subject = traits.Str(mandatory=True)
+    name = traits.Str(mandatory=True, desc='of the scan, unique in its dataset')
+    passes = InputMultiObject(File(), desc='of the network; a head is painted if there are none')
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    transform = File(desc='T1w -> FLAIR')
+    annotation = File(exists=True, desc='label map on the grid of one of them')
+    protocol = traits.Str('', usedefault=True, desc='what its labels say')
+    painted = traits.Bool(False, usedefault=True, desc='modalities are painted from the labels')
+    folder = traits.Str(mandatory=True, nohash=True, desc='of the cache')
 
 
 class _CacheOutput(TraitedSpec):
-    person = File(desc='for bids_jointseg.sampling.read_person')
+    files = OutputMultiObject(traits.Str(), desc='for bids_jointseg.sampling.read_person')
 
 
-class CachePerson(SimpleInterface):
-    """Cache one annotated person for training (:func:`.sampling.write_person`)."""
+class CacheScan(SimpleInterface):
+    """Cache one scan for training, each pass by itself (:func:`.sampling.write_person`)."""
 
     input_spec = _CacheInput
     output_spec = _CacheOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.sampling import write_person
+        from bids_jointseg import sampling
 
         inputs = self.inputs
-        path = Path.cwd() / f'{inputs.name}.npz'
-        scan = Path(inputs.scan) if inputs.scan else None
-        write_person(Path(inputs.annotation), inputs.protocol, scan, path)
-        self._results['person'] = str(path)
+        folder = Path(inputs.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in sampling.cached_files(folder, inputs.dataset, inputs.name):
+            old.unlink()
+        written = []
+        for reference, grid, arrays in self._passes():
+            path = sampling.cached_file(folder, inputs.dataset, inputs.name, reference)
+            sampling.write_person(
+                path,
+                dataset=inputs.dataset,
+                subject=inputs.subject,
+                name=inputs.name,
+                grid=grid,
+                **arrays,
+            )
+            written.append(str(path))
+        self._results['files'] = written
         return runtime
 
-
-class _CachePairInput(BaseInterfaceInputSpec):
-    flair = File(exists=True, mandatory=True)
-    t1w = File(exists=True, mandatory=True)
-    slice_mm = traits.Tuple(traits.Float, traits.Float, mandatory=True)
-
-
-class _CachePairOutput(TraitedSpec):
-    pair = File(desc='for bids_jointseg.sampling.Pairs')
-
-
-class CachePair(SimpleInterface):
-    """Cache one unlabelled pair of scans for training (:func:`.sampling.write_pair`)."""
-
-    input_spec = _CachePairInput
-    output_spec = _CachePairOutput
-
-    def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.sampling import write_pair
+    def _passes(self) -> Iterator[tuple[str, Grid, dict[str, Any]]]:
+        """Yield the reference, the grid and the arrays of each pass."""
+        from bids_jointseg import sampling
+        from bids_jointseg.labels import protocol
 
         inputs = self.inputs
-        path = Path.cwd() / (Path(inputs.flair).name.split('.')[0] + '.npz')
-        write_pair(Path(inputs.flair), Path(inputs.t1w), path, slice_mm=inputs.slice_mm)
-        self._results['pair'] = str(path)
+        volumes, between = _load_volumes(inputs), _between(inputs.transform)
+        annotated = isdefined(inputs.annotation)
+        if annotated:
+            labels, said = image.load_labels(inputs.annotation), protocol(inputs.protocol)
+        if not isdefined(inputs.passes):
+            grid, kinds = sampling.painted_grid(labels, inputs.protocol)
+            sets = sampling.sets_on(grid, labels, said)
+            yield 'painted', grid, {'images': {}, 'sets': sets, 'kinds': kinds}
+            return
+        for path in inputs.passes:
+            images = _load(path)
+            affine = images.pop('affine')
+            grid = Grid(next(iter(images.values())).shape, affine)
+            arrays: dict[str, Any] = {'images': images}
+            if annotated:
+                space = annotated_space(inputs.annotation, labels, volumes)
+                matrix = between[Path(path).stem, space]
+                arrays['sets'] = sampling.sets_on(grid, labels, said, matrix)
+                if inputs.painted:
+                    arrays['kinds'] = sampling.kinds_on(grid, labels, inputs.protocol, matrix)
+            yield Path(path).stem, grid, arrays
+
+
+def annotated_space(path: str, labels: Volume, volumes: Mapping[str, Volume]) -> str:
+    """Return the modality on whose grid a label map was drawn.
+
+    Raises
+    ------
+    ImageError
+        If it lies on none of their grids.
+    """
+    for name, volume in volumes.items():
+        same = labels.grid.shape == volume.grid.shape
+        if same and np.allclose(labels.grid.affine, volume.grid.affine, atol=1e-2):
+            return name
+    raise ImageError(
+        f'{path}: the labels are not on the grid of the {" or the ".join(volumes)}: '
+        'resample them to it (nearest neighbour)'
+    )
+
+
+class _PaintInput(BaseInterfaceInputSpec):
+    annotation = File(exists=True, mandatory=True, desc='whole-head label map')
+    protocol = traits.Str(mandatory=True)
+    masks = traits.List(traits.Str, [], usedefault=True, desc='lesion masks in MNI152 space')
+    seed = traits.Int(0, usedefault=True)
+    stem = traits.Str(mandatory=True, nohash=True, desc='path of the files without suffix')
+
+
+class _PaintOutput(TraitedSpec):
+    t1w = traits.Str()
+    flair = traits.Str()
+    labels = traits.Str()
+
+
+class PaintHead(SimpleInterface):
+    """Paint a whole head, to test on (:func:`.sampling.paint_head`)."""
+
+    input_spec = _PaintInput
+    output_spec = _PaintOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_jointseg.sampling import paint_head, read_mask
+
+        inputs = self.inputs
+        images, labels, grid = paint_head(
+            image.load_labels(inputs.annotation),
+            inputs.protocol,
+            [read_mask(Path(path)) for path in inputs.masks],
+            seed=inputs.seed,
+        )
+        stem = Path(inputs.stem)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for name, array in images.items():
+            path = stem.with_name(f'{stem.name}_{name}.nii.gz')
+            image.save(path, array, grid, dtype=np.int16, slope=1 / 500)
+            self._results[name.lower()] = str(path)
+        path = stem.with_name(f'{stem.name}_desc-painted_dseg.nii.gz')
+        image.save(path, labels, grid, dtype=np.uint8)
+        self._results['labels'] = str(path)
         return runtime
 
 
 class _TrainInput(BaseInterfaceInputSpec):
-    recipe = traits.Str(mandatory=True, desc='name or path of the recipe')
-    people = InputMultiObject(File(exists=True), mandatory=True)
-    pairs = InputMultiObject(File(exists=True))
-    lesions = traits.Dict(mandatory=True, desc='subject -> mask in MNI space')
-    out_dir = traits.Str(mandatory=True, nohash=True, desc='checkpoints, curve and model')
-    device = traits.Str('auto', usedefault=True, nohash=True)
-    threads = traits.Int(1, usedefault=True, nohash=True)
-    workers = traits.Int(1, usedefault=True, nohash=True)
-    seconds = traits.Float(float('inf'), usedefault=True, nohash=True)
+    job = traits.Dict(mandatory=True, desc='see bids_jointseg.training.train_job')
+    name = traits.Str(mandatory=True, desc='of the model')
+    out_dir = traits.Str(mandatory=True, desc='checkpoints, curve and model')
+    processes = traits.Int(1, usedefault=True, nohash=True, desc='that share an iteration')
     # Nipype gives GPU slots only to a node with a trait of this name.
     use_gpu = traits.Bool(False, usedefault=True, nohash=True)
 
@@ -666,7 +745,7 @@ class _TrainOutput(TraitedSpec):
 
 
 class Train(SimpleInterface):
-    """Train from cached people (:func:`.training.train_recipe`).
+    """Train one fold from cached scans (:func:`.training.train_job`).
 
     Checkpoints live in the output folder, outside of the node, whose folder Nipype empties.
     """
@@ -675,20 +754,63 @@ class Train(SimpleInterface):
     output_spec = _TrainOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.recipe import read_recipe
-        from bids_jointseg.training import train_recipe
+        from bids_jointseg.training import train_job
 
         inputs = self.inputs
-        card = train_recipe(
-            read_recipe(inputs.recipe),
-            people=[Path(path) for path in inputs.people],
-            pairs=[Path(path) for path in inputs.pairs] if isdefined(inputs.pairs) else [],
-            lesions={name: Path(path) for name, path in inputs.lesions.items()},
-            folder=Path(inputs.out_dir),
-            device=inputs.device,
-            threads=inputs.threads,
-            workers=inputs.workers,
-            seconds=inputs.seconds,
+        folder = Path(inputs.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        job = bids.write_json(folder / 'job.json', dict(inputs.job))
+        if inputs.processes == 1:
+            train_job(dict(inputs.job), folder)
+        else:
+            launch = ['torch.distributed.run', '--standalone', '--nproc-per-node']
+            subprocess.run(
+                [sys.executable, '-m', *launch, str(inputs.processes),
+                 '-m', 'bids_jointseg.training', str(job)],
+                check=True,
+            )  # fmt: skip
+        self._results['card'] = str(folder / f'{inputs.name}.json')
+        return runtime
+
+
+class _ScoreInput(BaseInterfaceInputSpec):
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    t1w_labels = File(desc='on the grid of the T1w')
+    flair_labels = File(desc='on the grid of the FLAIR')
+    annotation = File(exists=True, mandatory=True, desc='reference, on one of these grids')
+    protocol = traits.Str(mandatory=True)
+    identity = traits.Dict(mandatory=True, desc='dataset, scan and model, for the tables')
+
+
+class _ScoreOutput(TraitedSpec):
+    rows = File(desc='JSON, for bids_jointseg.evaluation.write_tables')
+
+
+class Score(SimpleInterface):
+    """Compare a whole scan with its annotation (:func:`.evaluation.score`)."""
+
+    input_spec = _ScoreInput
+    output_spec = _ScoreOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from bids_jointseg import evaluation
+        from bids_jointseg.labels import PROTOCOLS, protocol
+
+        inputs = self.inputs
+        volumes = _load_volumes(inputs)
+        labels = image.load_labels(inputs.annotation)
+        space = annotated_space(inputs.annotation, labels, volumes)
+        found = np.load(getattr(inputs, f'{space.lower()}_labels'))
+        said = protocol(inputs.protocol)
+        rows = evaluation.score(
+            PROTOCOLS['jointseg'].encode(found),
+            said.encode(labels.data.astype(np.int64)),
+            labels.grid.spacing_mm,
+            reference=said,
+            **inputs.identity,
         )
-        self._results['card'] = str(card.path)
+        path = Path.cwd() / 'rows.json'
+        bids.write_json(path, {'rows': rows})
+        self._results['rows'] = str(path)
         return runtime

@@ -226,7 +226,11 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol
         for protocol in (
-            Protocol('jointseg', _sets({label.abbreviation: (label.index,) for label in LABELS})),
+            # Our own; 255 where a reference says nothing.
+            Protocol(
+                'jointseg',
+                _sets({label.abbreviation: (label.index,) for label in LABELS}, ignore=(255,)),
+            ),
             # Tissue of lesion-free controls: white matter is white matter.
             Protocol('neuromorphometrics', _sets(_with_background(_NEUROMORPHOMETRICS, 207))),
             # 136, 137, 163 and 164 are choroid plexus or hidden tissue beside the ventricles, 31

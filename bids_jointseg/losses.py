@@ -10,8 +10,15 @@ The bound needs a loss that obeys the triangle inequality. The probabilistic Jac
 paper's equation 6 does not (`a = 1/4, b = 1/2, c = 1` gives `9/13 > 1/3 + 1/3`); it holds with
 a factor of two. The Soergel form is a metric and equals it on binary maps: the default here.
 
-Every function takes probabilities `(B, C, X, Y, Z)`; what an annotation says is a tuple of
-disjoint *groups* of classes and the share of each, `(B, G, X, Y, Z)`.
+Every function takes probabilities `p` `(B, C, X, Y, Z)`. What an annotation says is a tuple of
+disjoint *groups* of classes, the share `t` of each `(B, G, X, Y, Z)`, and the voxels at which
+it says what share that is: `valid`, `(B, G, X, Y, Z)` or, the same for all groups,
+`(B, 1, X, Y, Z)`. A voxel that may be of several groups has `t = 0` and `valid = 0` for these
+and `valid = 1` for the others: losses follow from the sets alone.
+
+An overlap is a ratio of sums over the whole batch, so a volume without lesions weighs as little
+as it should. Where a batch is spread over processes, `total` adds the sums up first: the mean of
+the processes' losses would be another loss.
 """
 
 from __future__ import annotations
@@ -24,7 +31,8 @@ from torch import Tensor
 from bids_jointseg.labels import CLASSES, TISSUES
 
 Groups = Sequence[frozenset[str]]
-Overlap = Callable[[Tensor, Tensor], Tensor]
+Overlap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Total = Callable[[Tensor], Tensor]
 
 EPSILON = 10.0
 """Voxels added to the numerator and denominator of an overlap: one more coordinate on which
@@ -39,8 +47,10 @@ TISSUE_GROUPS: Groups = (
 """What tissue means on patients: a lesion is white matter."""
 
 
-def soergel(p: Tensor, g: Tensor, epsilon: float = EPSILON) -> Tensor:
-    r"""Return :math:`1 - \sum\min(p, g) / \sum\max(p, g)`, a metric on non-negative vectors.
+def soergel(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\sum\min(p, g)` and :math:`\sum\max(p, g)`.
+
+    One minus their ratio is a metric on non-negative vectors.
 
     Parameters
     ----------
@@ -49,18 +59,16 @@ def soergel(p: Tensor, g: Tensor, epsilon: float = EPSILON) -> Tensor:
 
     Returns
     -------
-    Tensor
-        `(...)`, between 0 and 1.
+    tuple[Tensor, Tensor]
+        `(...)` each.
     """
-    low = torch.minimum(p, g).sum(-1)
-    high = torch.maximum(p, g).sum(-1)
-    return 1 - (low + epsilon) / (high + epsilon)
+    return torch.minimum(p, g).sum(-1), torch.maximum(p, g).sum(-1)
 
 
-def tanimoto(p: Tensor, g: Tensor, epsilon: float = EPSILON) -> Tensor:
-    r"""Return :math:`1 - <p, g> / (|p|^2 + |g|^2 - <p, g>)`, equation 6 of the paper.
+def tanimoto(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`<p, g>` and :math:`|p|^2 + |g|^2 - <p, g>`, of equation 6 of the paper.
 
-    Not a metric: it obeys the triangle inequality with a factor of 2.
+    One minus their ratio is not a metric: the triangle inequality holds with a factor of 2.
 
     Parameters
     ----------
@@ -69,11 +77,25 @@ def tanimoto(p: Tensor, g: Tensor, epsilon: float = EPSILON) -> Tensor:
 
     Returns
     -------
-    Tensor
-        `(...)`, between 0 and 1.
+    tuple[Tensor, Tensor]
+        `(...)` each.
     """
     both = (p * g).sum(-1)
-    return 1 - (both + epsilon) / ((p * p).sum(-1) + (g * g).sum(-1) - both + epsilon)
+    return both, (p * p).sum(-1) + (g * g).sum(-1) - both
+
+
+OVERLAPS: dict[str, Overlap] = {'soergel': soergel, 'tanimoto': tanimoto}
+
+
+def distance(sums: tuple[Tensor, Tensor], epsilon: float = EPSILON) -> Tensor:
+    r"""Return the Jaccard distance :math:`1 - (n + \epsilon) / (d + \epsilon)`, from 0 to 1."""
+    numerator, denominator = sums
+    return 1 - (numerator + epsilon) / (denominator + epsilon)
+
+
+def alone(sums: Tensor) -> Tensor:
+    """Return the sums of a batch that one process holds: themselves."""
+    return sums
 
 
 def membership(groups: Groups, like: Tensor) -> Tensor:
@@ -84,6 +106,8 @@ def membership(groups: Groups, like: Tensor) -> Tensor:
 
 def grouped(p: Tensor, groups: Groups) -> Tensor:
     """Return the summed probability of each group, `(B, G, X, Y, Z)`."""
+    if len(groups) == len(CLASSES):
+        return p
     return torch.einsum('gc,bc...->bg...', membership(groups, p), p)
 
 
@@ -99,9 +123,15 @@ def group_weights(groups: Groups) -> tuple[float, ...]:
 
 
 def overlap_risk(
-    p: Tensor, target: Tensor, groups: Groups, valid: Tensor, overlap: Overlap = soergel
+    p: Tensor,
+    target: Tensor,
+    groups: Groups,
+    valid: Tensor,
+    *,
+    overlap: Overlap = soergel,
+    total: Total = alone,
 ) -> Tensor:
-    """Return the weighted overlap loss over the groups.
+    r"""Return :math:`\sum_g w_g d(p_g, t_g)` over the valid voxels of the batch.
 
     Parameters
     ----------
@@ -112,52 +142,87 @@ def overlap_risk(
     groups
         Disjoint groups of classes.
     valid
-        `(B, 1, X, Y, Z)`: 0 where the annotation says nothing.
+        `(B, G, X, Y, Z)` or `(B, 1, X, Y, Z)`: 0 where the annotation does not tell the share.
     overlap
         :func:`soergel` or :func:`tanimoto`.
+    total
+        Adds sums up over processes.
 
     Returns
     -------
     Tensor
         Scalar.
     """
-    weights = torch.tensor(group_weights(groups), device=p.device)
-    value = overlap((grouped(p, groups) * valid).flatten(2), (target * valid).flatten(2))
-    return (value * weights).sum(1).mean()
+    weights = torch.tensor(group_weights(groups), dtype=p.dtype, device=p.device)
+    found, truth = (
+        (x * valid).transpose(0, 1).flatten(1) for x in (grouped(p, groups), target)
+    )
+    numerator, denominator = total(torch.stack(overlap(found, truth)))
+    risk: Tensor = (distance((numerator, denominator)) * weights).sum()
+    return risk
 
 
-def cross_entropy(p: Tensor, target: Tensor, groups: Groups, valid: Tensor) -> Tensor:
-    """Return the mean over annotated voxels of the cross-entropy between groups.
+def cross_entropy(
+    p: Tensor, target: Tensor, groups: Groups, valid: Tensor, *, total: Total = alone
+) -> Tensor:
+    r"""Return the mean over annotated voxels of the cross-entropy between sets of groups.
 
-    The overlap of an empty class has no gradient where it is 1; this one always does.
+    .. math:: -\sum_g v_g t_g \log p_g - (1 - \sum_g v_g t_g) \log \sum_g (1 - v_g) p_g
+
+    The second term is for voxels that may be of several groups, those with :math:`v_g = 0`; it
+    is zero where nothing or everything is known. The overlap of an empty class has no gradient
+    where it is 1; this one always does.
     """
-    likelihood = grouped(p, groups).clamp_min(1e-6).log()
-    return -(target * likelihood * valid).sum() / valid.sum().clamp_min(1)
+    found = grouped(p, groups)
+    valid = valid.expand_as(target)
+    known = (target * valid).sum(1)
+    open_ = ((1 - valid) * found).sum(1)
+    bits = (target * valid * found.clamp_min(1e-6).log()).sum(1)
+    # Where all groups are open nothing is said: log 1 = 0, but for rounding.
+    some = valid.amax(1)
+    bits = bits + (1 - known) * some * torch.where(known < 1, open_, 1).clamp_min(1e-6).log()
+    numerator, count = total(torch.stack([-bits.sum(), some.sum()]))
+    mean: Tensor = numerator / count.clamp_min(1)
+    return mean
 
 
 def supervised_risk(
-    p: Tensor, target: Tensor, groups: Groups, valid: Tensor, overlap: Overlap = soergel
+    p: Tensor,
+    target: Tensor,
+    groups: Groups,
+    valid: Tensor,
+    *,
+    overlap: Overlap = soergel,
+    entropy_weight: float = 1.0,
+    total: Total = alone,
 ) -> Tensor:
-    r"""Return :math:`R^l` or :math:`R^t_2`: overlap loss plus cross-entropy; see both."""
-    return overlap_risk(p, target, groups, valid, overlap) + cross_entropy(
-        p, target, groups, valid
-    )
+    r"""Return :math:`R^l` or :math:`R^t_2`: overlap loss plus weighted cross-entropy; see both."""
+    risk = overlap_risk(p, target, groups, valid, overlap=overlap, total=total)
+    if entropy_weight:
+        risk = risk + entropy_weight * cross_entropy(p, target, groups, valid, total=total)
+    return risk
 
 
 def consistency_risk(
-    p_all: Tensor, p_some: Tensor, lesion: Tensor, overlap: Overlap = soergel
+    p_all: Tensor,
+    p_some: Tensor,
+    spared: Tensor | None = None,
+    *,
+    overlap: Overlap = soergel,
+    total: Total = alone,
 ) -> Tensor:
     r"""Return :math:`R^t_1 = L^t(h(T1, FLAIR), h(T1))`, which needs no labels.
-
-    Lesion voxels are left out: the bound is about tissue, and there the answer from all
-    modalities should not be pulled towards a guess without FLAIR.
 
     Parameters
     ----------
     p_all, p_some
-        Probabilities `(B, C, X, Y, Z)` from all modalities and from a subset of them.
-    lesion
-        `(B, 1, X, Y, Z)`: 1 where a lesion is annotated, or believed where nothing is.
+        Probabilities `(B, C, X, Y, Z)` from all modalities and from a subset of them. Detach
+        the first for a risk that teaches the subset only.
+    spared
+        `(B, 1, X, Y, Z)`, 1 at voxels that are left out: lesions, where the answer from all
+        modalities should not be pulled towards a guess without FLAIR. None leaves out nothing.
+    overlap, total
+        As in :func:`overlap_risk`.
 
     Returns
     -------
@@ -165,4 +230,5 @@ def consistency_risk(
         Scalar.
     """
     target = grouped(p_all, TISSUE_GROUPS)
-    return overlap_risk(p_some, target, TISSUE_GROUPS, 1 - lesion, overlap)
+    valid = torch.ones_like(p_all[:, :1]) if spared is None else 1 - spared
+    return overlap_risk(p_some, target, TISSUE_GROUPS, valid, overlap=overlap, total=total)

@@ -1,29 +1,48 @@
 """Training samples: windows drawn from cached people, painted where no scan exists.
 
-The cache holds one person per file, at 1 mm in canonical orientation (right, anterior,
-superior), cropped to the head: the sets of classes that the annotation leaves open, the kind of
-tissue for painting, and the T1w if there is one. A sample depends on its number and the seed
-alone, so it is the same with any number of workers.
+The cache holds one file per scan, on the grid that the participant workflow gives it: intensities
+in one byte, the set of classes that the annotation leaves open at each voxel, and, where scans
+are painted, the kind of tissue. A sample depends on its number and the seed alone, so it is the
+same with any number of workers, and the same after a restart.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
 from torch import Generator, Tensor
 
 from bids_jointseg import augment, synth
-from bids_jointseg.image import load_scan, model_grid, normalise, register, resample
-from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
+from bids_jointseg.image import Grid, Volume, foreground, model_grid, normalise, resample
+from bids_jointseg.labels import ALL, CLASSES, INDICES, PROTOCOLS, Protocol, bits
+from bids_jointseg.recipe import Source
 
-LESION = CLASSES.index('L')
+LESION = bits({'L'})
+BACKGROUND = bits({'BG'})
+NOTHING = bits(ALL)
+"""The set that says nothing."""
+
+# First and last voxel of the cerebrum in the 1 mm MNI152 space of the masks, whose canonical
+# grid is 182 x 218 x 182: measured on nilearn's ICBM152 brain mask, without the brainstem.
+MNI_SHAPE = (182, 218, 182)
+MNI_CEREBRUM = np.array([[19.0, 19.0, 28.0], [163.0, 199.0, 154.0]])
+
+NECK_MM = 70.0
+"""Kept below the brain of a painted head: nobody needs shoulders."""
+
+
+# --- the cache ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,180 +51,382 @@ class Person:
 
     Attributes
     ----------
-    name
-        Of the file.
-    classes
-        Channel of each voxel, `len(CLASSES)` where nothing is known, uint8 `(X, Y, Z)`.
+    dataset, subject, name
+        Whose it is, and what it is called: `sub-01_ses-1`.
+    spacing_mm
+        Of its voxels; the slices are along the last axis.
+    images
+        Modality -> intensities `(X, Y, Z)`, float16, air 0: in units of white matter where the
+        kinds are known, of the mean of the head elsewhere.
+    levels
+        Modality -> mean and standard deviation that normalisation takes, in the same units.
+    sets
+        Classes that each voxel may be of (:func:`bids_jointseg.labels.bits`), uint8.
     kinds
-        Kind of tissue (:mod:`bids_jointseg.synth`), uint8 `(X, Y, Z)`.
-    t1w
-        In units of white matter, or None where it has to be painted.
+        Kind of tissue (:mod:`bids_jointseg.synth`), uint8, or None where nothing is painted.
     means
-        Kind -> median of the T1w, NaN where there is none, `(K,)`.
+        Modality -> median of each kind, NaN where there is none, `(K,)`.
     counts
         Voxels of each kind in the whole volume.
     box
-        First and last voxel of the cerebrum on each axis, `(2, 3)`.
+        First and last voxel of the cerebrum on each axis (of the head, where kinds are unknown),
+        `(2, 3)`.
     """
 
+    dataset: str
+    subject: str
     name: str
-    classes: Tensor
-    kinds: Tensor
-    t1w: Tensor | None
-    means: np.ndarray
-    counts: dict[int, int]
-    box: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    images: dict[str, Tensor]
+    levels: dict[str, tuple[float, float]]
+    sets: Tensor
+    kinds: Tensor | None
+    means: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    box: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))
+
+    @property
+    def isotropic(self) -> bool:
+        """Whether slices of any direction and thickness can be made of its voxels."""
+        return max(self.spacing_mm) < 1.5 * min(self.spacing_mm)
 
 
-STEPS = 110
-"""Steps of a cached T1w between air and white matter: finer than its noise, in one byte."""
-
-# First and last voxel of the cerebrum in the 1 mm MNI152 space of the masks, whose canonical
-# grid is 182 x 218 x 182: measured on nilearn's ICBM152 brain mask, without the brainstem.
-MNI_SHAPE = (182, 218, 182)
-MNI_CEREBRUM = np.array([[19.0, 19.0, 28.0], [163.0, 199.0, 154.0]])
-
-
-def _canonical(path: Path) -> NDArray[np.int64]:
-    return np.asanyarray(nib.as_closest_canonical(nib.load(path)).dataobj).astype(np.int64)
-
-
-def _box(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:
-    spans = [np.flatnonzero(mask.any(tuple(j for j in range(3) if j != i))) for i in range(3)]
-    low, high = zip(*((max(0, s[0] - margin), s[-1] + 1 + margin) for s in spans), strict=True)
-    return slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])
-
-
-def write_person(annotation: Path, protocol: str, scan: Path | None, path: Path) -> None:
-    """Cache one annotated person for :func:`read_person`.
+def painted_grid(labels: Volume, protocol: str) -> tuple[Grid, NDArray[np.uint8]]:
+    """Return the grid of a head that has no scan, at 1 mm, and its kinds of tissue.
 
     Parameters
     ----------
-    annotation
-        Label map at 1 mm.
+    labels
+        Whole-head label map.
+    protocol
+        What its labels are.
+    """
+    kinds = synth.kinds_of(protocol, labels.data.astype(np.int64))
+    head = (kinds != synth.AIR).astype(np.float32)
+    upwards = labels.grid.affine[2]
+    axes = np.ogrid[tuple(slice(size) for size in head.shape)]
+    height = sum(step * axis for step, axis in zip(upwards[:3], axes, strict=True)) + upwards[3]
+    brain = np.isin(kinds, synth.BRAIN)
+    head[np.broadcast_to(height < height_of(brain, upwards) - NECK_MM, head.shape)] = 0
+    grid = model_grid(Volume(head, labels.grid), in_plane_mm=1.0, slice_mm=(1.0, 1.0))
+    return grid, _without_specks(kinds_on(grid, labels, protocol))
+
+
+def _without_specks(kinds: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Fill voxels of air within tissue, which label maps have where labels met."""
+    parts, _ = ndimage.label(kinds == synth.AIR)
+    small = (np.bincount(parts.ravel()) < 10)[parts] & (parts > 0)
+    nearest = ndimage.distance_transform_edt(
+        kinds == synth.AIR, return_distances=False, return_indices=True
+    )
+    return np.where(small, kinds[tuple(nearest)], kinds)
+
+
+def height_of(mask: NDArray[np.bool_], upwards: NDArray[np.floating]) -> float:
+    """Return the lowest height in mm of a mask; `upwards` is the third row of its affine."""
+    return float((np.argwhere(mask) @ upwards[:3]).min() + upwards[3])
+
+
+def kinds_on(
+    grid: Grid, labels: Volume, protocol: str, matrix: ArrayLike | None = None
+) -> NDArray[np.uint8]:
+    """Return the kind of tissue of each voxel of a grid, that of the nearest source voxel."""
+    kinds = synth.kinds_of(protocol, labels.data.astype(np.int64)).astype(np.float32)
+    move = np.eye(4) if matrix is None else matrix
+    return resample(Volume(kinds, labels.grid), grid, move, order=0).astype(np.uint8)
+
+
+def sets_on(
+    grid: Grid, labels: Volume, protocol: Protocol, matrix: ArrayLike | None = None
+) -> NDArray[np.uint8]:
+    """Return which classes each voxel of a grid may be of, from a label map.
+
+    The share of each set is resampled, and the largest wins. Outside of the label map nothing is
+    said.
+
+    Parameters
+    ----------
+    grid
+        Where the sets are wanted.
+    labels
+        Label map on its own grid.
     protocol
         What its labels say.
-    scan
-        T1w on the same grid, or None where it is to be painted.
+    matrix
+        (4, 4), RAS mm of the grid -> RAS mm of the label map; identity by default.
+    """
+    encoded = protocol.encode(labels.data.astype(np.int64))
+    move = np.eye(4) if matrix is None else matrix
+    best = np.full(grid.shape, 0.5, dtype=np.float32)
+    sets = np.full(grid.shape, NOTHING, dtype=np.uint8)
+    inside = resample(Volume(np.ones(encoded.shape, np.float32), labels.grid), grid, move)
+    best[inside > 0.5] = 0
+    for value in np.unique(encoded):
+        share = resample(Volume((encoded == value).astype(np.float32), labels.grid), grid, move)
+        larger = share > best
+        sets[larger], best[larger] = value, share[larger]
+    return sets
+
+
+def cached_file(folder: Path, dataset: str, name: str, reference: str) -> Path:
+    """Return where a scan is cached; `reference` is the pass of the network, or `painted`."""
+    return folder / f'{dataset}_{name}_ref-{reference}.npz'
+
+
+def cached_files(folder: Path, dataset: str, name: str) -> list[Path]:
+    """Return what is cached of a scan."""
+    return sorted(folder.glob(f'{dataset}_{name}_ref-*.npz'))
+
+
+def write_person(
+    path: Path,
+    *,
+    dataset: str,
+    subject: str,
+    name: str,
+    grid: Grid,
+    images: Mapping[str, NDArray[np.floating]],
+    sets: NDArray[np.uint8] | None = None,
+    kinds: NDArray[np.uint8] | None = None,
+) -> None:
+    """Cache one scan for :func:`read_person`; the file appears whole.
+
+    Parameters
+    ----------
     path
         The file to write, `.npz`.
+    dataset, subject, name
+        Whose it is.
+    grid
+        The model's, of all arrays.
+    images
+        Modality -> intensities on it. One byte resolves them finer than their noise, up to the
+        99.9th percentile of the head, where normalisation cuts.
+    sets
+        From :func:`sets_on`; None where nothing is annotated.
+    kinds
+        From :func:`kinds_on`; None where nothing is painted.
     """
-    labels = _canonical(annotation)
-    kinds = synth.kinds_of(protocol, labels)
-    # Whole heads number their extracerebral tissue from 500: background to every protocol.
     arrays: dict[str, Any] = {
-        'sets': PROTOCOLS[protocol].encode(np.where(labels >= 500, 0, labels))
+        'dataset': dataset,
+        'subject': subject,
+        'name': name,
+        'spacing': grid.spacing_mm,
     }
-    if scan is not None:
-        t1w = _canonical(scan).astype(np.float32)
-        kinds[(kinds == synth.AIR) & (t1w > 0)] = synth.CSF
-        white = np.median(t1w[kinds == synth.WHITE])
-        arrays['t1w'] = (t1w / white * STEPS).round().clip(0, 255).astype(np.uint8)
-    arrays['kinds'] = kinds
-    box = list(_box(kinds != synth.AIR, 4))
-    brain = _box(np.isin(kinds, synth.BRAIN), 0)
-    box[2] = slice(max(box[2].start, brain[2].start - 70), box[2].stop)  # no need of shoulders
-    arrays = {name: array[tuple(box)] for name, array in arrays.items()}
-    np.savez_compressed(path, **arrays)
+    for modality, image in images.items():
+        head = image[image > foreground(image)]
+        limit = float(np.percentile(head, 99.9)) if head.size else 1.0
+        arrays[f'image_{modality}'] = (image / limit * 255).round().clip(0, 255).astype(np.uint8)
+    if sets is not None:
+        arrays['sets'] = sets
+    if kinds is not None:
+        # Whatever a scan shows outside of the labels, it is not air.
+        shown = [images[modality] > 0 for modality in images]
+        bright = np.logical_and.reduce(shown) if shown else np.zeros(kinds.shape, bool)
+        arrays['kinds'] = np.where((kinds == synth.AIR) & bright, synth.CSF, kinds)
+    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
+    with temporary.open('wb') as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)
 
 
-def write_pair(flair: Path, t1w: Path, path: Path, *, slice_mm: tuple[float, float]) -> None:
-    """Cache one unlabelled pair on the FLAIR's slices for :class:`Pairs`."""
-    scans = {'FLAIR': load_scan(flair), 'T1w': load_scan(t1w)}
-    grid = model_grid(scans['FLAIR'], in_plane_mm=1.0, slice_mm=slice_mm)
-    moves = {'FLAIR': np.eye(4), 'T1w': register(scans['FLAIR'], scans['T1w'])}
-    arrays: dict[str, Any] = {
-        name: normalise(resample(scan, grid, moves[name])).astype(np.float16)
-        for name, scan in scans.items()
-    }
-    np.savez_compressed(path, **arrays)
+def read_person(
+    path: Path,
+    landmarks: Mapping[str, Sequence[float]] | None = None,
+    tells: Sequence[str] = (),
+) -> Person:
+    """Read one file of the cache.
+
+    Parameters
+    ----------
+    path
+        From :func:`write_person`.
+    landmarks
+        Modality -> landmarks of histogram scaling (:func:`bids_jointseg.image.normalise`).
+    tells
+        Classes that may be told apart; all if empty.
+    """
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    raw = {key.removeprefix('image_'): arrays[key] for key in arrays if key.startswith('image_')}
+    kinds = arrays.get('kinds')
+    images, levels, means = {}, {}, {}
+    for modality, image in raw.items():
+        scaled = normalise(image.astype(np.float32), (landmarks or {}).get(modality))
+        # Z-scores, moved so that air is 0 and the mean of the head is 1.
+        mean = -float(scaled.min()) or 1.0
+        scaled, level = scaled / mean + 1, (1.0, 1 / mean)
+        if kinds is not None:
+            white = float(np.median(scaled[kinds == synth.WHITE]))
+            scaled, level = scaled / white, (1 / white, 1 / mean / white)
+            means[modality] = np.array(
+                [
+                    np.median(scaled[kinds == kind]) if (kinds == kind).any() else np.nan
+                    for kind in range(len(synth.KINDS))
+                ]
+            )
+        images[modality] = torch.from_numpy(scaled.astype(np.float16))
+        levels[modality] = level
+    shape = kinds.shape if kinds is not None else next(iter(raw.values())).shape
+    if kinds is not None:
+        inside = np.isin(kinds, synth.CEREBRUM)
+        count = _counts(kinds)
+    else:
+        image = next(iter(raw.values()))
+        inside, count = image > foreground(image), {}
+    sets = arrays.get('sets', np.full(shape, NOTHING, np.uint8))
+    if tells:
+        hidden = np.uint8(bits(ALL - set(tells)))
+        sets = np.where(sets & hidden, sets | hidden, sets)
+    return Person(
+        dataset=str(arrays['dataset']),
+        subject=str(arrays['subject']),
+        name=str(arrays['name']),
+        spacing_mm=tuple(arrays['spacing'].tolist()),
+        images=images,
+        levels=levels,
+        sets=torch.from_numpy(sets),
+        kinds=None if kinds is None else torch.from_numpy(kinds),
+        means=means,
+        counts=count,
+        box=_box(inside),
+    )
 
 
-def write_lesions(masks: Mapping[str, Path], path: Path) -> None:
-    """Cache lesion masks in 1 mm MNI152 space for :func:`read_lesions`.
+def _box(inside: NDArray[np.bool_]) -> np.ndarray:
+    """Return the first and last voxel on each axis, `(2, 3)`."""
+    spans = [np.flatnonzero(inside.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return np.array([[span[0] for span in spans], [span[-1] for span in spans]], dtype=float)
+
+
+def _counts(kinds: NDArray[np.uint8]) -> dict[int, int]:
+    values, counts = np.unique(kinds, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def raw_images(path: Path) -> dict[str, NDArray[np.uint8]]:
+    """Return modality -> intensities of one file of the cache, to train landmarks on."""
+    with np.load(path) as stored:
+        return {
+            key.removeprefix('image_'): stored[key] for key in stored if key.startswith('image_')
+        }
+
+
+def read_mask(path: Path) -> Tensor:
+    """Return a lesion mask in 1 mm MNI152 space, canonical orientation, uint8 `(X, Y, Z)`.
 
     Raises
     ------
     ValueError
-        If a mask is on another grid.
+        If the mask is on another grid.
     """
-    arrays: dict[str, Any] = {}
-    for subject, mask in masks.items():
-        array = _canonical(mask) > 0
-        if array.shape != MNI_SHAPE:
-            raise ValueError(f'{mask}: not on the 1 mm MNI152 grid {MNI_SHAPE}: {array.shape}')
-        arrays[subject] = np.packbits(array)
-    np.savez_compressed(path, **arrays)
+    array = np.asanyarray(nib.as_closest_canonical(nib.load(path)).dataobj) > 0
+    if array.shape != MNI_SHAPE:
+        raise ValueError(f'{path}: not on the 1 mm MNI152 grid {MNI_SHAPE}: {array.shape}')
+    return torch.from_numpy(array.astype(np.uint8))
 
 
-def read_lesions(path: Path, subjects: Sequence[str]) -> list[Tensor]:
-    """Return the masks of some subjects, uint8 `(X, Y, Z)`."""
-    with np.load(path) as stored:
-        return [
-            torch.from_numpy(
-                np.unpackbits(stored[name], count=int(np.prod(MNI_SHAPE))).reshape(MNI_SHAPE)
-            )
-            for name in subjects
-        ]
-
-
-def read_person(path: Path) -> Person:
-    """Read one file of the cache."""
-    with np.load(path) as stored:
-        kinds = stored['kinds']
-        sets = stored['sets']
-        t1w = stored['t1w'].astype(np.float16) / STEPS if 't1w' in stored else None
-    table = np.full(256, len(CLASSES), dtype=np.uint8)
-    for channel, name in enumerate(CLASSES):
-        table[bits({name})] = channel
-    cerebrum = np.isin(kinds, synth.CEREBRUM)
-    spans = [np.flatnonzero(cerebrum.any(tuple(j for j in range(3) if j != i))) for i in range(3)]
-    means = np.full(len(synth.KINDS), np.nan)
-    if t1w is not None:
-        for kind in np.unique(kinds):
-            means[kind] = np.median(t1w[kinds == kind])
-    values, counts = np.unique(kinds, return_counts=True)
-    return Person(
-        path.stem,
-        torch.from_numpy(table[sets]),
-        torch.from_numpy(kinds),
-        None if t1w is None else torch.from_numpy(t1w),
-        means,
-        dict(zip(values.tolist(), counts.tolist(), strict=True)),
-        np.array([[span[0] for span in spans], [span[-1] for span in spans]], dtype=float),
-    )
+# --- samples ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example.
+    """One training example, or a batch of them.
 
     Attributes
     ----------
     images
         Modality -> normalised window `(1, X, Y, Z)`.
     target
-        Share of each class, `(C, X, Y, Z)`.
+        Share of each group, `(G, X, Y, Z)`.
     valid
-        1 where the annotation says something, `(1, X, Y, Z)`.
+        1 where the annotation tells that share, `(G, X, Y, Z)` or `(1, X, Y, Z)`.
+    groups
+        What the annotation tells apart.
     """
 
     images: dict[str, Tensor]
     target: Tensor
     valid: Tensor
+    groups: tuple[frozenset[str], ...]
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """Return a batch: every tensor of :class:`Sample` gets a first axis."""
+    first = samples[0]
+    return Sample(
+        {name: torch.stack([s.images[name] for s in samples]) for name in first.images},
+        torch.stack([s.target for s in samples]),
+        torch.stack([s.valid for s in samples]),
+        first.groups,
+    )
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The cached people of one dataset of a recipe."""
+
+    source: Source
+    people: tuple[Person, ...]
+
+    @cached_property
+    def groups(self) -> tuple[frozenset[str], ...]:
+        """What the annotation tells apart."""
+        return self.source.labels.atoms() if self.source.labels else (ALL,)
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether each label is one group, or says nothing."""
+        labels = self.source.labels
+        return labels is None or set(labels.sets.values()) <= {*self.groups, ALL}
+
+    @cached_property
+    def tells_tissue(self) -> bool:
+        """Whether the annotation tells tissues apart."""
+        return tells_tissue(self.groups)
+
+    @property
+    def weight(self) -> float:
+        """Weight among the datasets of a stream."""
+        return len(self.people) if self.source.share is None else self.source.share
+
+
+def tells_tissue(groups: Sequence[frozenset[str]]) -> bool:
+    """Return whether groups tell more apart than lesions from the rest."""
+    return len([group for group in groups if group != {'L'}]) > 1
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe says about samples: see `data/recipes`."""
+    """What a recipe says about samples.
 
+    Attributes
+    ----------
+    window
+        Voxels, slices last.
+    thin_window, thin_share
+        The same for slices of 1 mm, and how often these are made of an isotropic scan.
+    augment
+        Bend, turn and degrade what is sampled. Without, windows are cut out as they are.
+    lesion_share
+        How often lesions are painted into a person who is painted.
+    lesion_centre
+        How often a window is centred at a lesion, give or take `dilate_mm`.
+    outside_share
+        How often it shows face or neck.
+    strip_share, borrow_share
+        How often a painted head loses its skull, a skull-stripped one gets another's.
+    modalities
+        Sets of modalities and their weights, of those that a person has.
+    """
+
+    window: tuple[int, int, int] = (112, 128, 32)
     thin_window: tuple[int, int, int] = (96, 112, 48)
-    thick_window: tuple[int, int, int] = (112, 128, 32)
     thin_share: float = 0.5
-    thickest: int = 6
-    heads_share: float = 0.5
+    augment: bool = True
     lesion_share: float = 0.7
     lesion_centre: float = 0.7
+    dilate_mm: float = 16.0
     outside_share: float = 0.2
     strip_share: float = 0.4
     borrow_share: float = 0.4
@@ -216,76 +437,166 @@ class Settings:
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What the samples of one iteration have in common, so that they are one batch."""
+
+    cohort: Cohort
+    people: tuple[Person, ...]
+    modalities: tuple[str, ...]
+    count: int
+    window: tuple[int, int, int]
+
+
 class Windows(torch.utils.data.Dataset[Sample]):
-    """Windows of real tissue scans and of painted heads.
+    """Windows of the people of some datasets.
 
     Parameters
     ----------
-    controls
-        People with a T1w and tissue labels.
+    cohorts
+        Datasets of one stream.
     heads
-        Whole-head label maps.
-    lesions
-        Lesion masks in MNI space, canonical orientation, `(X, Y, Z)` uint8.
-    settings, seed, length
-        Sample `i` depends on `(seed, i)` alone.
+        Painted whole heads, from which skull-stripped people borrow theirs.
+    masks
+        Lesion masks from :func:`read_mask`.
+    settings
+        See there.
+    slice_mm
+        Slice distances that the model is for.
+    seed, batch, length
+        Sample `i` depends on `(seed, i)`; what `batch` neighbours have in common on
+        `(seed, i // batch)`.
     """
 
     def __init__(
         self,
-        controls: list[Person],
-        heads: list[Person],
-        lesions: list[Tensor],
+        cohorts: Sequence[Cohort],
         *,
+        heads: Sequence[Person] = (),
+        masks: Sequence[Tensor] = (),
         settings: Settings,
+        slice_mm: tuple[float, float] = (1.0, 6.0),
         seed: int,
+        batch: int = 1,
         length: int,
     ) -> None:
-        self.controls, self.heads, self.lesions = controls, heads, lesions
-        self.settings, self.seed, self.length = settings, seed, length
+        self.cohorts = tuple(cohort for cohort in cohorts if cohort.people)
+        self.heads, self.masks = tuple(heads), tuple(masks)
+        self.settings, self.slice_mm = settings, slice_mm
+        self.seed, self.batch, self.length = seed, batch, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> Sample:
         """Return sample `number`."""
-        rng = np.random.default_rng((self.seed, number))
+        plan = self._plan(np.random.default_rng((self.seed, 0, number // self.batch)))
+        rng = np.random.default_rng((self.seed, 1, number))
         generator = Generator().manual_seed(int(rng.integers(2**62)))
+        person = plan.people[int(rng.integers(len(plan.people)))]
+        if not self.settings.augment and person.kinds is None:
+            return self._cut(person, plan, rng)
         s = self.settings
-        thin = rng.random() < s.thin_share
-        count = 1 if thin else int(rng.integers(2, s.thickest + 1))
-        window = s.thin_window if thin else s.thick_window
-        # The thicker the slices, the fewer cover a head.
-        depth = window[2] if thin else max(16, min(window[2], 8 * round(12 / count)))
-        # Three points across a slice show its partial volume.
+        # Slices of a scan that has thick ones are kept; of an isotropic one they are made, with
+        # up to three points across a slice to show its partial volume.
+        count = plan.count if person.isotropic else 1
         dense = min(count, 3)
-        fine = (window[0], window[1], depth * dense)
+        fine = (*plan.window[:2], plan.window[2] * dense)
         slicing = str(rng.choice(list(augment.AXES), p=[0.8, 0.1, 0.1]))
-        person = self._person(rng)
-        with_lesions = rng.random() < s.lesion_share
-        mask = self.lesions[rng.integers(len(self.lesions))] if self.lesions else None
+        painted = bool(plan.cohort.source.painted) and plan.cohort.source.lesions
+        with_lesions = painted and rng.random() < s.lesion_share
+        mask = self.masks[rng.integers(len(self.masks))] if self.masks else None
         jitter = self._lesion_jitter(rng)
         low, high = person.box
+        lesions = (person.sets == LESION).nonzero()
         if rng.random() < s.outside_share:
             # Face and neck: a window may hold no brain at all.
-            centre = rng.uniform(low - (20, 20, 110), high + np.array((20, 40, 0)))
+            below = (20, 20, min(110, float(low[2])))
+            centre = rng.uniform(low - below, high + np.array((20, 40, 0)))
         elif with_lesions and mask is not None and rng.random() < s.lesion_centre:
             found = mask.nonzero()
             pick = found[int(rng.integers(len(found)))].numpy().astype(float)
             inverse = np.linalg.inv(self._to_lesions(person.box, jitter))
-            centre = inverse[:3, :3] @ pick + inverse[:3, 3] + rng.uniform(-16, 16, 3)
+            centre = inverse[:3, :3] @ pick + inverse[:3, 3]
+            centre = centre + rng.uniform(-s.dilate_mm, s.dilate_mm, 3) / person.spacing_mm
+        elif len(lesions) and rng.random() < s.lesion_centre:
+            pick = lesions[int(rng.integers(len(lesions)))].numpy().astype(float)
+            centre = pick + rng.uniform(-s.dilate_mm, s.dilate_mm, 3) / person.spacing_mm
         else:
             margin = 0.12 * (high - low)
-            centre = rng.uniform(low - [0, 0, 30] + margin, high - margin)
-        points = augment.coordinates(
-            augment.draw_geometry(rng, fine, slicing, centre, count / dense), generator
-        )
+            centre = rng.uniform(low - [0, 0, 30 / person.spacing_mm[2]] + margin, high - margin)
+        if person.isotropic:
+            geometry = augment.draw_geometry(rng, fine, slicing, centre, count / dense)
+        else:
+            geometry = augment.within_slices(
+                augment.draw_geometry(rng, fine, 'axial', centre, 1.0)
+            )
+        points = augment.coordinates(geometry, generator)
+        if not person.isotropic:
+            # A bend stays within the slices, too.
+            points[..., 2] = points[..., 2].mean((0, 1)).round()
         shown = mask if with_lesions else None
-        return self.compose(person, points, dense, shown, jitter, rng, generator)
+        return self.compose(
+            person, plan.cohort, plan.modalities, points, dense, shown, jitter, rng, generator
+        )
+
+    def _plan(self, rng: np.random.Generator) -> _Plan:
+        s = self.settings
+        weights = np.array([cohort.weight for cohort in self.cohorts])
+        cohort = self.cohorts[int(rng.choice(len(self.cohorts), p=weights / weights.sum()))]
+        painted = set(cohort.source.painted)
+        person = cohort.people[int(rng.integers(len(cohort.people)))]
+        available = {*person.images, *painted}
+        if cohort.tells_tissue:
+            choice = [(names, w) for names, w in s.modalities if available.issuperset(names)]
+            share = np.array([w for _, w in choice])
+            names = choice[int(rng.choice(len(choice), p=share / share.sum()))][0]
+        else:
+            # Its tissue is learned from the agreement between all of them and some.
+            names = tuple(sorted(available))
+        people = tuple(p for p in cohort.people if {*p.images, *painted}.issuperset(names))
+        lowest, highest = (max(1, round(mm)) for mm in self.slice_mm)
+        thin = highest < 2 or (lowest < 2 and rng.random() < s.thin_share)
+        if thin:
+            return _Plan(cohort, people, names, 1, s.thin_window if s.augment else s.window)
+        count = int(rng.integers(max(2, lowest), highest + 1))
+        # The thicker the slices, the fewer cover a head.
+        depth = min(s.window[2], max(16, 8 * round(130 / 8 / count))) if s.augment else s.window[2]
+        return _Plan(cohort, people, names, count, (*s.window[:2], depth))
+
+    def _cut(self, person: Person, plan: _Plan, rng: np.random.Generator) -> Sample:
+        """Return a window of a scan as it is; what lies outside of the scan is air."""
+        s = self.settings
+        window, shape = np.array(plan.window), np.array(person.sets.shape)
+        lesions = (person.sets == LESION).nonzero()
+        if len(lesions) and rng.random() < s.lesion_centre:
+            pick = lesions[int(rng.integers(len(lesions)))].numpy()
+            pick = pick + rng.uniform(-s.dilate_mm, s.dilate_mm, 3) / person.spacing_mm
+            start = np.round(pick - window / 2).astype(int)
+        else:
+            start = rng.integers(np.minimum(shape - window, 0), np.maximum(shape - window, 0) + 1)
+        start = np.clip(start, np.minimum(shape - window, 0), np.maximum(shape - window, 0))
+        low, high = np.maximum(start, 0), np.minimum(start + window, shape)
+        source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        there = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+
+        def cut(volume: Tensor, empty: float) -> Tensor:
+            result = torch.full(tuple(window.tolist()), empty, dtype=volume.dtype)
+            result[there] = volume[source]
+            return result
+
+        images = {}
+        for modality in plan.modalities:
+            mean, std = person.levels[modality]
+            images[modality] = ((cut(person.images[modality], 0).float() - mean) / std)[None]
+        sets = cut(person.sets, BACKGROUND)
+        return Sample(images, *shares(sets, plan.cohort, 1), plan.cohort.groups)
 
     def compose(
         self,
         person: Person,
+        cohort: Cohort,
+        modalities: Sequence[str],
         points: Tensor,
         dense: int,
         mask: Tensor | None,
@@ -297,8 +608,10 @@ class Windows(torch.utils.data.Dataset[Sample]):
 
         Parameters
         ----------
-        person
-            Whose head it is.
+        person, cohort
+            Whose head it is, and of which dataset.
+        modalities
+            That are wanted.
         points
             Voxel of the person for each point of the window, `(X, Y, Z * dense, 3)`.
         dense
@@ -308,33 +621,30 @@ class Windows(torch.utils.data.Dataset[Sample]):
         rng, generator
             Sources of all draws.
         """
-        channels = augment.warp(person.classes, points, 'nearest').to(torch.uint8)
-        kinds = augment.warp(person.kinds, points, 'nearest').to(torch.uint8)
-        white = ((kinds == synth.WHITE) & (channels != LESION)).float()
-        lesion = (channels == LESION).float()
-        if mask is not None:
-            matrix = torch.as_tensor(self._to_lesions(person.box, jitter), dtype=torch.float32)
-            placed = augment.warp(mask, points @ matrix[:3, :3].T + matrix[:3, 3])
-            lesion = torch.maximum(lesion, placed * white)
-            if rng.random() < 0.35:
-                near = synth.blur((kinds == synth.VENTRICLE).float(), 4.0)
-                lesion = torch.maximum(lesion, synth.grow_lesions(white, near, generator, rng))
-        is_lesion = lesion > 0.5
-        channels = torch.where(is_lesion & (kinds == synth.WHITE), LESION, channels)
-        images = self._images(person, kinds, points, lesion, dense, rng, generator)
-        known = (channels < len(CLASSES)).float()
-        target = torch.stack(
-            [augment.slices((channels == c).to(torch.float32), dense) for c in range(len(CLASSES))]
+        # Outside of the volume there is air, and the warp says 0.
+        sets = augment.warp(person.sets, points, 'nearest').to(torch.uint8)
+        sets = torch.where(sets == 0, BACKGROUND, sets)
+        lesion = (sets == LESION).float()
+        kinds = None
+        if person.kinds is not None:
+            kinds = augment.warp(person.kinds, points, 'nearest').to(torch.uint8)
+            white = (kinds == synth.WHITE).float()
+            if mask is not None:
+                matrix = torch.as_tensor(
+                    self._to_lesions(person.box, jitter), dtype=torch.float32
+                )
+                placed = augment.warp(mask, points @ matrix[:3, :3].T + matrix[:3, 3])
+                lesion = torch.maximum(lesion, placed * white)
+                if rng.random() < 0.35:
+                    near = synth.blur((kinds == synth.VENTRICLE).float(), 4.0)
+                    grown = synth.grow_lesions(white, near, generator, rng)
+                    lesion = torch.maximum(lesion, grown)
+            sets = torch.where((lesion > 0.5) & (kinds == synth.WHITE), LESION, sets)
+        images, seen = self._images(
+            person, modalities, kinds, points, lesion, dense, rng, generator
         )
-        valid = (augment.slices(known, dense) > 0.5).float()[None]
-        total = target.sum(0, keepdim=True).clamp_min(1e-3)
-        return Sample(images, target / total, valid)
-
-    def _person(self, rng: np.random.Generator) -> Person:
-        people = self.controls
-        if self.heads and (not self.controls or rng.random() < self.settings.heads_share):
-            people = self.heads
-        return people[int(rng.integers(len(people)))]
+        target, valid = shares(sets, cohort, dense)
+        return Sample(images, target, valid * seen, cohort.groups)
 
     def _lesion_jitter(self, rng: np.random.Generator) -> np.ndarray:
         """Return a small affine change of a lesion mask, `(4, 4)`, perhaps mirrored."""
@@ -367,8 +677,9 @@ class Windows(torch.utils.data.Dataset[Sample]):
         """
         s = self.settings
         brain = torch.tensor(synth.BRAIN, dtype=torch.uint8)
-        if person.t1w is not None and self.heads and rng.random() < s.borrow_share:
+        if person.images and self.heads and rng.random() < s.borrow_share:
             head = self.heads[int(rng.integers(len(self.heads)))]
+            assert head.kinds is not None  # noqa: S101
             scale = (head.box[1] - head.box[0]) / (person.box[1] - person.box[0])
             shift = torch.as_tensor(head.box[0] - scale * person.box[0], dtype=torch.float32)
             there = points * torch.as_tensor(scale, dtype=torch.float32) + shift
@@ -378,7 +689,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             return torch.where(kinds == synth.AIR, around, kinds), outside | {
                 k: n + outside.get(k, 0) for k, n in person.counts.items()
             }
-        if person.t1w is None and rng.random() < s.strip_share:
+        if not person.images and rng.random() < s.strip_share:
             inside = torch.isin(kinds, brain).float()
             kept = synth.blur(inside, rng.uniform(0.8, 2.5)) > rng.uniform(0.15, 0.5)
             return torch.where(kept, kinds, synth.AIR), {
@@ -389,91 +700,160 @@ class Windows(torch.utils.data.Dataset[Sample]):
     def _images(
         self,
         person: Person,
-        kinds: Tensor,
+        modalities: Sequence[str],
+        kinds: Tensor | None,
         points: Tensor,
         lesion: Tensor,
         dense: int,
         rng: np.random.Generator,
         generator: Generator,
-    ) -> dict[str, Tensor]:
-        """Paint, or take from the scan, each modality of a window: `(1, X, Y, Z)`."""
-        kinds, counts = self._surround(person, kinds, points, rng)
-        names, weights = zip(*self.settings.modalities, strict=True)
-        chosen = names[int(rng.choice(len(names), p=np.array(weights) / sum(weights)))]
-        severity = (0.35 * synth.smooth_field(tuple(kinds.shape), 10, generator)).exp()
-        scan = None if person.t1w is None else augment.warp(person.t1w, points)
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Paint, or take from the scan, each modality of a window.
+
+        Returns
+        -------
+        tuple[dict[str, Tensor], Tensor]
+            Modality -> `(1, X, Y, Z)`, and which voxels any of them shows, `(X, Y, Z)`.
+        """
+        scans = {name: augment.warp(person.images[name], points) for name in person.images}
+        counts: dict[int, int] = {}
+        if kinds is not None:
+            kinds, counts = self._surround(person, kinds, points, rng)
+            shown = synth.add_distractors(kinds, rng, generator)
+            severity = (0.25 * synth.smooth_field(tuple(kinds.shape), 10, generator)).exp()
         images = {}
-        for modality in chosen:
-            contrast = synth.draw_contrast(modality, rng)
-            image = synth.paint(kinds, lesion, contrast, generator, severity)
-            means = contrast.means
-            if scan is not None and modality == 'T1w':
-                # The scan itself, with what lesions take out of its white matter.
-                darker = contrast.lesion * severity * synth.blur(lesion, 0.5)
-                image = torch.where(scan > 0, (scan + darker).clamp_min(0.02), image)
-                means = np.where(np.isnan(person.means), means, person.means)
-            elif scan is not None:
-                # Sulci and texture that no label map has: fluid is dark in both modalities.
-                fluid = ((0.55 - scan) / 0.35).clamp(0, 1) * (scan > 0)
-                floor = float(contrast.means[synth.CSF])
-                image = image + rng.uniform(0.3, 1) * fluid * (floor - image).clamp_max(0)
-                grain = (scan - 1).clamp(-0.2, 0.2) * (kinds == synth.WHITE) * (lesion < 0.1)
-                image = image - rng.uniform(-0.2, 0.5) * grain
-            image = torch.where(kinds == synth.AIR, torch.zeros(()), image)
-            level = synth.painted_level(means, counts)
+        views = []
+        for modality in modalities:
+            scan = scans.get(modality)
             drawn = augment.draw_intensity(rng)
+            if kinds is None:
+                image = scans[modality]
+                mean, std = person.levels[modality]
+                # Of the scan after gamma, as a normal distribution has it, nearly.
+                level = (mean**drawn.gamma, std * drawn.gamma * mean ** (drawn.gamma - 1))
+            else:
+                contrast = synth.draw_contrast(modality, rng)
+                image = synth.paint(shown, lesion, contrast, generator, severity)
+                means = contrast.means
+                if scan is not None:
+                    # The scan itself, with what lesions add to its white matter.
+                    change = contrast.lesion * severity * synth.blur(lesion, 0.5)
+                    foreign = synth.blur((shown != kinds).float(), 0.6)
+                    own = (scan + change).clamp_min(0.02).lerp(image, foreign)
+                    image = torch.where(scan > 0, own, image)
+                    medians = person.means[modality]
+                    means = np.where(np.isnan(medians), means, medians)
+                elif 'T1w' in scans:
+                    # Sulci and texture that no label map has: fluid is dark in both modalities.
+                    seen = scans['T1w']
+                    fluid = ((0.55 - seen) / 0.35).clamp(0, 1) * (seen > 0)
+                    floor = float(contrast.means[synth.CSF])
+                    image = image + rng.uniform(0.3, 1) * fluid * (floor - image).clamp_max(0)
+                    grain = (seen - 1).clamp(-0.2, 0.2) * (kinds == synth.WHITE) * (lesion < 0.1)
+                    image = image - rng.uniform(-0.2, 0.5) * grain
+                image = torch.where(kinds == synth.AIR, torch.zeros(()), image)
+                level = synth.painted_level(means**drawn.gamma, counts)
             image = augment.slices(augment.acquire(image, drawn, generator), dense)
+            image, view = augment.limit_view(image, augment.draw_view(rng, image.shape))
+            views.append(view)
             images[modality] = augment.standardise(image, *level, drawn)[None]
-        return images
+        return images, torch.stack(views).any(0).float()
 
 
-class Pairs(torch.utils.data.Dataset[Sample]):
-    """Windows of real scans of all modalities, without labels: for the unlabelled risk.
+def shares(sets: Tensor, cohort: Cohort, dense: int) -> tuple[Tensor, Tensor]:
+    """Return the share of each group and where it is known, from the sets of a window.
 
     Parameters
     ----------
-    paths
-        Files with one normalised image `(X, Y, Z)` per modality, on the model's grid.
-    window, seed, length
-        Sample `i` depends on `(seed, i)` alone.
+    sets
+        `(X, Y, Z * dense)`.
+    cohort
+        Whose groups these are.
+    dense
+        Points across a slice.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Target `(G, X, Y, Z)` and valid `(G, X, Y, Z)`, or `(1, X, Y, Z)` where all groups are
+        known at the same voxels.
     """
+    values = torch.arange(256)
+    groups = [bits(group) for group in cohort.groups]
+    within = torch.stack([(values & ~group) == 0 for group in groups])
+    open_ = torch.stack([(values & group) != 0 for group in groups]) & ~within
+    index = sets.long()
+    if cohort.exact:
+        valid = augment.slices((~open_.any(0))[index].float(), dense)[None]
+    else:
+        valid = torch.stack([augment.slices((~row)[index].float(), dense) for row in open_])
+    target = torch.stack([augment.slices(row[index].float(), dense) for row in within])
+    return target / valid.clamp_min(1e-3), (valid > 0.5).float()
 
-    def __init__(
-        self,
-        paths: list[Path],
-        *,
-        seed: int,
-        length: int,
-        window: tuple[int, int, int] = Settings.thick_window,
-    ) -> None:
-        self.scans = [
-            {name: torch.from_numpy(image).float() for name, image in np.load(path).items()}
-            for path in paths
-        ]
-        self.window, self.seed, self.length = window, seed, length
 
-    def __len__(self) -> int:
-        return self.length
+def whole(person: Person) -> Tensor:
+    """Return the points of a window that shows all of a person, `(X, Y, Z, 3)`."""
+    axes = [torch.arange(size, dtype=torch.float32) for size in person.sets.shape]
+    return torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
 
-    def __getitem__(self, number: int) -> Sample:
-        """Return sample `number`; nothing of it is valid as a label."""
-        rng = np.random.default_rng((self.seed, number))
-        generator = Generator().manual_seed(int(rng.integers(2**62)))
-        scan = self.scans[int(rng.integers(len(self.scans)))]
-        shape = next(iter(scan.values())).shape
-        size = [min(a, b) for a, b in zip(self.window, shape, strict=True)]
-        start = [int(rng.integers(a - b + 1)) for a, b in zip(shape, size, strict=True)]
-        part = tuple(slice(a, a + b) for a, b in zip(start, size, strict=True))
-        mirror = bool(rng.random() < 0.5)
-        images = {}
-        for name, image in scan.items():
-            drawn = augment.draw_intensity(rng)
-            window = image[part].flip(0) if mirror else image[part]
-            noise = drawn.noise * torch.randn(window.shape, generator=generator)
-            window = augment.standardise(window + noise, 0.0, 1.0, drawn)
-            pad = [0] * 6
-            for axis, (wanted, have) in enumerate(zip(self.window, size, strict=True)):
-                pad[2 * (2 - axis) + 1] = wanted - have
-            images[name] = torch.nn.functional.pad(window, pad, value=float(window.min()))[None]
-        blank = torch.zeros(1, *self.window)
-        return Sample(images, blank.expand(len(CLASSES), -1, -1, -1), blank)
+
+def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the subsets of some modalities that are neither empty nor all of them."""
+    choices = product((False, True), repeat=len(names))
+    found = [tuple(n for n, c in zip(sorted(names), row, strict=True) if c) for row in choices]
+    return [names_ for names_ in found if 0 < len(names_) < len(names)]
+
+
+def paint_head(
+    labels: Volume, protocol: str, masks: Sequence[Tensor], *, seed: int
+) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.uint8], Grid]:
+    """Paint a T1w and a FLAIR of a whole head, with the lesions of one mask, if there are any.
+
+    Parameters
+    ----------
+    labels
+        Whole-head label map.
+    protocol
+        What its labels are.
+    masks
+        From :func:`read_mask`.
+    seed
+        Of everything that is drawn.
+
+    Returns
+    -------
+    tuple[dict[str, NDArray], NDArray[np.uint8], Grid]
+        Modality -> image in units of white matter `(X, Y, Z)`; what is painted, in the numbers
+        of the protocol `jointseg`, 255 where nothing is known; their grid.
+    """
+    grid, kinds = painted_grid(labels, protocol)
+    known = PROTOCOLS[protocol]
+    sets = torch.from_numpy(sets_on(grid, labels, known))
+    person = Person(
+        dataset='',
+        subject='',
+        name='',
+        spacing_mm=tuple(grid.spacing_mm.tolist()),
+        images={},
+        levels={},
+        sets=sets,
+        kinds=torch.from_numpy(kinds),
+        counts=_counts(kinds),
+        box=_box(np.isin(kinds, synth.CEREBRUM)),
+    )
+    source = Source('painted', painted=('T1w', 'FLAIR'), annotation='.', protocol=protocol)
+    cohort = Cohort(source, (person,))
+    settings = replace(Settings(), strip_share=0.0)
+    windows = Windows([cohort], settings=settings, seed=seed, length=1)
+    rng = np.random.default_rng((2019, seed))
+    generator = Generator().manual_seed(int(rng.integers(2**62)))
+    mask = masks[seed % len(masks)] if masks else None
+    sample = windows.compose(
+        person, cohort, source.painted, whole(person), 1, mask, np.eye(4), rng, generator
+    )
+    images = {
+        modality: (image[0] - image.min()).numpy() for modality, image in sample.images.items()
+    }
+    single = torch.tensor([CLASSES.index(min(group)) for group in cohort.groups])
+    found = INDICES[single[sample.target.argmax(0)].numpy()]
+    return images, np.where(sample.valid[0].numpy() > 0, found, 255).astype(np.uint8), grid

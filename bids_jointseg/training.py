@@ -1,48 +1,66 @@
-"""The training loop: cached people in, a model file out.
+r"""The training loop: cached people in, a model file out.
 
-Each iteration draws one sample of a control with its own T1w and one of a painted head, and adds
-the unlabelled term of the risk on pairs of real T1w and FLAIR (:mod:`bids_jointseg.losses`).
+Each iteration draws a sample of every stream that the recipe's datasets form, those that tell
+lesions and those that tell tissue alone, and adds the unlabelled term on samples whose tissue
+nobody annotated: :math:`R^l + R^t_2 + R^t_1` (:mod:`bids_jointseg.losses`).
 
-A checkpoint appears whole or not at all and holds everything; a killed run goes on from it.
+A checkpoint appears whole or not at all and holds everything; a killed run goes on from it to
+the same curve. Under ``torchrun``, processes share an iteration: they add up the sums of every
+loss and of every gradient, so that two processes do what one does with twice the batch.
+
+    torchrun --nproc-per-node 2 -m bids_jointseg.training OUT/fold-0/job.json
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import io
+import json
 import logging
 import os
+import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bids_jointseg.card import ModelCard, read_card
-from bids_jointseg.inference import choose_device, probabilities
+from bids_jointseg.card import MODALITIES, ModelCard, read_card
+from bids_jointseg.image import train_landmarks
+from bids_jointseg.inference import choose_device, fast_type, probabilities
 from bids_jointseg.labels import CLASSES, TISSUES
-from bids_jointseg.losses import consistency_risk, supervised_risk
+from bids_jointseg.losses import OVERLAPS, Total, alone, consistency_risk, supervised_risk
 from bids_jointseg.network import build, load_model, save_model
-from bids_jointseg.recipe import Recipe, tuples
+from bids_jointseg.recipe import Recipe, RecipeError, read_recipe, tuples
 from bids_jointseg.sampling import (
-    Pairs,
-    Person,
+    Cohort,
     Sample,
     Windows,
-    read_lesions,
+    collate,
+    raw_images,
+    read_mask,
     read_person,
-    write_lesions,
+    subsets,
+    tells_tissue,
 )
 from bids_jointseg.sampling import Settings as SampleSettings
 
 LOGGER = logging.getLogger('bids_jointseg')
-GROUPS = tuple(frozenset({name}) for name in CLASSES)
 LESION = CLASSES.index('L')
+BELIEVED = 0.3
+"""Probability from which an unlabelled voxel is taken for a lesion."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +69,39 @@ class Settings:
 
     Attributes
     ----------
-    architecture
+    architecture, modalities
         See :class:`bids_jointseg.card.ModelCard`.
     steps
-        Iterations; the learning rate falls to zero over them (polynomial, power 0.9).
-    rate, decay
-        Of AdamW.
+        Iterations.
+    batch
+        Samples of each stream in an iteration, in each process.
+    optimiser, rate, betas, decay
+        `adam` or `adamw`.
+    schedule
+        `polynomial`: 100 iterations of warm-up, then the rate falls to zero (power 0.9);
+        `constant`.
+    clip
+        Largest norm of a gradient.
+    overlap
+        `soergel` or `tanimoto`.
+    entropy_weight
+        Of the cross-entropy beside the overlap.
     consistency_from, consistency_every
         Warm-up of the unlabelled term, and the iterations between two of them.
+    subsets
+        Sets of modalities whose answer is compared with that of all; by default every one.
+    stop_gradient
+        The answer of all modalities teaches that of a subset and learns nothing from it.
+    spare_lesions
+        Leave lesion voxels out of the unlabelled term.
+    supervise_subsets
+        Lesions are learned from the subset as well.
     average
-        Decay of the moving average of the weights, which is what is exported.
+        Decay of the moving average of the weights, which is what is exported; 0 takes the last.
+    validate_every, patience
+        Iterations between two looks at the validation people (and checkpoints), and how many
+        looks without a better score end the training, which then exports the best weights; 0
+        never ends it early.
     seed
         Of weights and samples.
     init
@@ -68,20 +109,157 @@ class Settings:
     """
 
     architecture: dict[str, Any]
+    modalities: tuple[str, ...] = MODALITIES
     steps: int = 5000
+    batch: int = 1
+    optimiser: str = 'adamw'
     rate: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.999)
     decay: float = 1e-4
+    schedule: str = 'polynomial'
+    clip: float = 5.0
+    overlap: str = 'soergel'
+    entropy_weight: float = 1.0
     consistency_from: int = 800
     consistency_every: int = 8
+    subsets: tuple[tuple[str, ...], ...] = ()
+    stop_gradient: bool = False
+    spare_lesions: bool = True
+    supervise_subsets: bool = True
     average: float = 0.997
+    validate_every: int = 100
+    patience: int = 0
     seed: int = 2019
     init: str = ''
-    save_every: int = 100
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes. Every process has the same loss of it, so the gradient is plain."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share an iteration; one, unless ``torchrun`` started more."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def total(self) -> Total:
+        """Adds the sums of a loss up over the processes."""
+        return alone if self.count == 1 else _Sum.apply
+
+    def add_gradients(self, network: nn.Module) -> None:
+        """Replace every gradient by its sum over the processes."""
+        if self.count == 1:
+            return
+        for parameter in network.parameters():
+            if parameter.grad is None:  # a modality that this process did not see
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def agree(self, value: bool) -> bool:
+        """Return what the first process says."""
+        if self.count == 1:
+            return value
+        told = torch.tensor([int(value)], device=_collective_device())
+        dist.broadcast(told, 0)
+        return bool(told.item())
+
+
+ALONE = Processes()
+
+
+def _collective_device() -> str:
+    return 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+
+
+@contextmanager
+def processes(device: str) -> Iterator[tuple[Processes, str]]:
+    """Join the processes of ``torchrun``, if it started this one, each with a GPU of its own."""
+    count = int(os.environ.get('WORLD_SIZE', '1'))
+    if count == 1:
+        yield Processes(), device
+        return
+    cuda = device.startswith('cuda')
+    if cuda:
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if cuda else 'gloo')
+    try:
+        yield Processes(dist.get_rank(), count), device
+    finally:
+        dist.destroy_process_group()
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """All that a checkpoint holds."""
+
+    network: nn.Module
+    average: nn.Module
+    best: nn.Module
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    identity: str
+    step: int = 0
+    best_score: float = float('-inf')
+    stale: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    _parts = ('network', 'average', 'best', 'optimiser', 'scaler')
+    _values = ('step', 'best_score', 'stale', 'curve', 'identity')
+
+    def save(self, path: Path) -> None:
+        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in self._parts}
+        state |= {name: getattr(self, name) for name in self._values}
+        state['random'] = torch.get_rng_state()
+        temporary = path.with_suffix('.tmp')
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def load(self, path: Path, device: str) -> bool:
+        """Go back to a checkpoint; return whether it is of this training."""
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state['identity'] != self.identity:
+            return False
+        for name in self._parts:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self._values:
+            setattr(self, name, state[name])
+        torch.set_rng_state(state['random'].cpu())
+        return True
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training, finished or stopped, has reached."""
+
+    network: nn.Module
+    steps: int
+    finished: bool
+    curve: list[dict[str, float]]
 
 
 def run(
     settings: Settings,
-    labelled: Sequence[Dataset[Sample]],
+    labelled: Mapping[str, Dataset[Sample]],
     unlabelled: Dataset[Sample] | None,
     held_out: Sequence[Sample],
     folder: Path,
@@ -89,103 +267,217 @@ def run(
     device: str = 'cpu',
     workers: int = 1,
     seconds: float = float('inf'),
-) -> nn.Module:
-    """Train, or go on training, and return the averaged network.
+    together: Processes = ALONE,
+) -> Trained:
+    """Train, or go on training.
 
     Parameters
     ----------
     settings
         See there.
     labelled
-        Datasets that each give one sample to every iteration.
+        Name -> dataset that gives a batch to every iteration.
     unlabelled
-        Pairs of modalities without labels, or None.
+        Samples for the unlabelled term alone, or None.
     held_out
         Samples of people who are in none of the others: the curve's validation score.
     folder
-        Where checkpoint and log are.
+        Where checkpoint, log and sample pictures are.
     device
         Of PyTorch.
     workers
-        Processes that draw samples.
+        Processes that draw samples for each dataset.
     seconds
         Stop, resumable, after this time.
+    together
+        From :func:`processes`.
+
+    Returns
+    -------
+    Trained
+        With the averaged network, or the best one where `patience` ends the training.
     """
     torch.manual_seed(settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    network = build(settings.architecture)
-    if settings.init:
-        network.load_state_dict(load_model(read_card(settings.init)).state_dict())
-    network = network.to(device)
-    average = deepcopy(network).requires_grad_(False)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.rate, weight_decay=settings.decay
-    )
-    first = 0
+    state = _begin(settings, device)
     checkpoint = folder / 'checkpoint.pt'
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        network.load_state_dict(state['network'])
-        average.load_state_dict(state['average'])
-        optimiser.load_state_dict(state['optimiser'])
-        first = int(state['step'])
-        LOGGER.info('%s: going on from step %d', checkpoint, first)
-    streams = [_stream(data, first, settings.steps, workers) for data in labelled]
+        if not state.load(checkpoint, device):
+            raise RecipeError(
+                f'{checkpoint}: of a training with other settings: remove it, or choose another '
+                'output folder'
+            )
+        LOGGER.info('%s: going on from step %d', checkpoint, state.step)
+    first = state.step
+    streams = {
+        name: _stream(data, range(first, settings.steps), settings, workers, together)
+        for name, data in labelled.items()
+    }
     pairs = None
     if unlabelled is not None:
-        done = -(-max(0, first - settings.consistency_from) // settings.consistency_every)
-        pairs = _stream(unlabelled, done, settings.steps, workers)
-    started, recent = time.monotonic(), []
-    for step in range(first, settings.steps):
-        network.train()
-        for group in optimiser.param_groups:
-            group['lr'] = settings.rate * _schedule(step, settings.steps)
-        values = []
-        for stream in streams:
-            sample = _to(next(stream), device)
-            loss = supervised_risk(
-                probabilities(network, sample.images), sample.target, GROUPS, sample.valid
-            )
-            loss.backward()
-            values.append(float(loss.detach()))
-        turn, rest = divmod(step - settings.consistency_from, settings.consistency_every)
-        if pairs is not None and turn >= 0 and rest == 0:
-            loss = _agreement(network, _to(next(pairs), device), turn)
-            loss.backward()
-            values.append(float(loss.detach()))
-        else:
-            values.append(float('nan'))
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        _follow(average, network, min(settings.average, (1 + step) / (10 + step)))
-        recent.append(values)
-        stop = time.monotonic() - started > seconds
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stop:
-            _save(
-                checkpoint,
-                {
-                    'network': network.state_dict(),
-                    'average': average.state_dict(),
-                    'optimiser': optimiser.state_dict(),
-                    'step': step + 1,
-                },
-            )
-            _log(folder / 'curve.csv', step + 1, recent, score(average, held_out), started, first)
-            recent = []
-        if stop:
-            break
-    return average.eval()
+        every, start = settings.consistency_every, settings.consistency_from
+        coming = [step for step in range(first, settings.steps) if _consistency(settings, step)]
+        turns = [(step - start) // every for step in coming]
+        pairs = _stream(unlabelled, turns, settings, workers, together)
+    risk = _Risk(settings, device, together.total)
+    recent: list[dict[str, float]] = []
+    finished = state.step >= settings.steps or _stale(settings, state)
+    begun = time.monotonic()
+    with _Log(folder, settings, first, together) as log, _signals() as stopped:
+        while not finished:
+            values: dict[str, float] = {}
+            state.network.train()
+            for group in state.optimiser.param_groups:
+                group['lr'] = settings.rate * _schedule(settings, state.step)
+            batches = {name: next(stream) for name, stream in streams.items()}
+            if pairs is not None and _consistency(settings, state.step):
+                batches['unlabelled'] = next(pairs)
+            for name, batch in batches.items():
+                loss, parts = risk(state.network, batch, state.step, name)
+                state.scaler.scale(loss).backward()
+                values |= parts
+            together.add_gradients(state.network)
+            state.scaler.unscale_(state.optimiser)
+            nn.utils.clip_grad_norm_(state.network.parameters(), settings.clip)
+            state.scaler.step(state.optimiser)
+            state.scaler.update()
+            state.optimiser.zero_grad(set_to_none=True)
+            step = state.step
+            _follow(state.average, state.network, min(settings.average, (1 + step) / (10 + step)))
+            state.step += 1
+            recent.append(values)
+            log.tick(values)
+            late = bool(stopped) or time.monotonic() - begun > seconds
+            late = together.agree(late)
+            if state.step % settings.validate_every == 0 or state.step == settings.steps or late:
+                if together.rank == 0:
+                    found = score(state.average, held_out)
+                    _judge(state, found)
+                    log.write(state, _means(recent), found, held_out)
+                    state.save(checkpoint)
+                recent = []
+                finished = state.step == settings.steps or _stale(settings, state)
+                finished = together.agree(finished)
+                if late:
+                    break
+    network = state.best if settings.patience and held_out else state.average
+    return Trained(network.eval(), state.step, finished, state.curve)
 
 
-def _stream(data: Dataset[Sample], start: int, stop: int, workers: int) -> Any:
-    """Return an iterator over samples `start` to `stop`, drawn by worker processes."""
+def _begin(settings: Settings, device: str) -> _State:
+    network = build(settings.architecture, settings.modalities)
+    if settings.init:
+        start = load_model(read_card(settings.init))
+        try:
+            network.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise RecipeError(
+                f'init = {settings.init!r}: not the same network: give the architecture and the '
+                'modalities of its card'
+            ) from error
+    network = network.to(device)
+    average = deepcopy(network).requires_grad_(False)
+    kind = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}[settings.optimiser]
+    optimiser = kind(
+        network.parameters(), settings.rate, betas=settings.betas, weight_decay=settings.decay
+    )
+    half = fast_type(torch.device(device)) == torch.float16
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=half)
+    # What may change when a training goes on is how long it lasts.
+    lasting = replace(settings, steps=0, validate_every=0, patience=0)
+    identity = json.dumps(asdict(lasting), sort_keys=True)
+    return _State(network, average, deepcopy(average), optimiser, scaler, identity)
+
+
+class _Risk:
+    """The risk of one batch, as its annotation and modalities make it."""
+
+    def __init__(self, settings: Settings, device: str, total: Total) -> None:
+        self.settings, self.device = settings, device
+        self.options: dict[str, Any] = {'overlap': OVERLAPS[settings.overlap], 'total': total}
+
+    def __call__(
+        self, network: nn.Module, batch: Sample, step: int, name: str
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss, with a gradient, and the value of each of its terms."""
+        s = self.settings
+        batch = _to(batch, self.device)
+        told = len(batch.groups) > 1
+        everything = probabilities(network, batch.images)
+        risks = {}
+
+        def supervised(p: Tensor) -> Tensor:
+            return supervised_risk(
+                p,
+                batch.target,
+                batch.groups,
+                batch.valid,
+                entropy_weight=s.entropy_weight,
+                **self.options,
+            )
+
+        if told:
+            risks[name] = supervised(everything)
+        if not tells_tissue(batch.groups) and len(batch.images) > 1 and _consistency(s, step):
+            choices = s.subsets or subsets(tuple(batch.images))
+            chosen = choices[int(np.random.default_rng((s.seed, 9, step)).integers(len(choices)))]
+            some = probabilities(network, {name: batch.images[name] for name in chosen})
+            spared = self._lesions(batch, everything) if s.spare_lesions else None
+            target = everything.detach() if s.stop_gradient else everything
+            risks[f'{name} agreement'] = consistency_risk(target, some, spared, **self.options)
+            if told and s.supervise_subsets:
+                risks[f'{name} subset'] = supervised(some)
+        values = {name: float(risk.detach()) for name, risk in risks.items()}
+        return torch.stack(list(risks.values())).sum(), values
+
+    def _lesions(self, batch: Sample, p: Tensor) -> Tensor:
+        """Return where a lesion is annotated, or believed where nothing is, `(B, 1, ...)`."""
+        believed = (p.detach()[:, LESION : LESION + 1] > BELIEVED).float()
+        if frozenset('L') not in batch.groups:
+            return believed
+        index = batch.groups.index(frozenset('L'))
+        known = batch.valid.expand_as(batch.target)[:, index : index + 1]
+        drawn = (batch.target[:, index : index + 1] > 0.5).float()
+        return torch.where(known > 0, drawn, believed)
+
+
+def _consistency(settings: Settings, step: int) -> bool:
+    """Return whether an iteration has the unlabelled term."""
+    turn, rest = divmod(step - settings.consistency_from, settings.consistency_every)
+    return turn >= 0 and rest == 0
+
+
+def _stale(settings: Settings, state: _State) -> bool:
+    return bool(settings.patience) and state.stale >= settings.patience
+
+
+def _judge(state: _State, found: Mapping[str, float]) -> None:
+    """Keep the best weights so far, by the mean of the validation's Dice."""
+    mean = float(np.mean([*found.values()])) if found else float('nan')
+    if mean > state.best_score:
+        state.best_score, state.stale = mean, 0
+        state.best.load_state_dict(state.average.state_dict())
+    elif found:
+        state.stale += 1
+
+
+def _stream(
+    data: Dataset[Sample],
+    iterations: Sequence[int],
+    settings: Settings,
+    workers: int,
+    together: Processes,
+) -> Iterator[Sample]:
+    """Return an iterator over the batches of some iterations, drawn by worker processes."""
+    size = settings.batch
+    numbers = [
+        [(i * together.count + together.rank) * size + k for k in range(size)] for i in iterations
+    ]
     loader = DataLoader(
         data,
-        batch_size=1,
-        sampler=range(start, stop),
+        batch_sampler=numbers,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread,
         multiprocessing_context='forkserver' if workers else None,
@@ -196,42 +488,37 @@ def _stream(data: Dataset[Sample], start: int, stop: int, workers: int) -> Any:
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
     os.nice(2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(samples: list[Sample]) -> Sample:
-    """Return the only sample of a batch with a batch axis."""
-    (sample,) = samples
-    return Sample(
-        {name: image[None] for name, image in sample.images.items()},
-        sample.target[None],
-        sample.valid[None],
-    )
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, with which schedulers announce the end: the run stops, resumable."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    except ValueError:  # not the main thread
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _to(sample: Sample, device: str) -> Sample:
-    return Sample(
-        {
-            name: image.to(device, memory_format=torch.channels_last_3d)
-            for name, image in sample.images.items()
-        },
-        sample.target.to(device),
-        sample.valid.to(device),
-    )
+    images = {
+        name: image.to(device, memory_format=torch.channels_last_3d)
+        for name, image in sample.images.items()
+    }
+    return Sample(images, sample.target.to(device), sample.valid.to(device), sample.groups)
 
 
-def _agreement(network: nn.Module, sample: Sample, turn: int) -> Tensor:
-    """Return the unlabelled term between all modalities and one of them, by turns."""
-    names = sorted(sample.images)
-    everything = probabilities(network, sample.images)
-    one = names[turn % len(names)]
-    some = probabilities(network, {one: sample.images[one]})
-    believed = (everything[:, LESION : LESION + 1] > 0.3).float()
-    return consistency_risk(everything, some, believed)
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: a short warm-up, then polynomial decay."""
-    return min(1.0, (step + 1) / 100) * (1 - step / steps) ** 0.9
+def _schedule(settings: Settings, step: int) -> float:
+    """Return the factor on the learning rate."""
+    if settings.schedule == 'constant':
+        return 1.0
+    return min(1.0, (step + 1) / 100) * (1 - step / settings.steps) ** 0.9
 
 
 @torch.no_grad()
@@ -245,87 +532,290 @@ def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def score(network: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the Dice of each class over all held-out windows together, in per cent."""
+    """Return the Dice of each class over all held-out windows together, in per cent.
+
+    Only the classes that an annotation tells, where it tells them.
+    """
     network.eval()
     both, sizes = np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
     device = str(next(network.parameters()).device)
     for sample in samples:
-        sample = _to(_collate([sample]), device)
-        found = probabilities(network, sample.images).argmax(1)
-        truth = sample.target.argmax(1)
-        known = sample.valid[:, 0] > 0
-        for channel in range(len(CLASSES)):
-            a, b = (found == channel) & known, (truth == channel) & known
+        batch = _to(collate([sample]), device)
+        found = probabilities(network, batch.images).argmax(1)
+        valid = batch.valid.expand_as(batch.target)
+        for index, group in enumerate(batch.groups):
+            if len(group) > 1 or group == {'BG'}:
+                continue
+            channel = CLASSES.index(min(group))
+            known = valid[:, index] > 0
+            a, b = (found == channel) & known, (batch.target[:, index] > 0.5) & known
             both[channel] += float((a & b).sum())
             sizes[channel] += float(a.sum() + b.sum())
+    told = [name for name, size in zip(CLASSES, sizes, strict=True) if size]
     dice = 200 * both / np.maximum(sizes, 1)
-    return dict(zip(CLASSES, dice.round(2).tolist(), strict=True))
+    return {name: round(float(dice[CLASSES.index(name)]), 2) for name in told}
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
+def _means(recent: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for values in recent for name in values)
+    return {
+        name: float(np.mean([values[name] for values in recent if name in values]))
+        for name in names
+    }
+
+
+# --- the log ------------------------------------------------------------------------------------
+
+
+class _Log:
+    """Progress bar, console, ``curve.csv``, TensorBoard and pictures of one training."""
+
+    def __init__(
+        self, folder: Path, settings: Settings, first: int, together: Processes
+    ) -> None:
+        self.folder, self.steps, self.first = folder, settings.steps, first
+        self.quiet = together.rank > 0
+        self.board: Any = None
+
+    def __enter__(self) -> _Log:
+        self.begun = time.monotonic()
+        terminal = sys.stderr.isatty() and not self.quiet
+        self.bar = tqdm(
+            total=self.steps, initial=self.first, unit='step', disable=not terminal, leave=False
+        )
+        self.redirect = logging_redirect_tqdm([LOGGER]) if terminal else nullcontext()
+        self.redirect.__enter__()
+        if not self.quiet:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                LOGGER.info("no TensorBoard: pip install 'bids_jointseg[tensorboard]'")
+            else:
+                self.board = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=self.first)
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.redirect.__exit__(None, None, None)
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+    def tick(self, values: Mapping[str, float]) -> None:
+        """Move the progress bar, which knows the remaining time."""
+        self.bar.update()
+        self.bar.set_postfix({name: f'{value:.3f}' for name, value in values.items()})
+
+    def write(
+        self,
+        state: _State,
+        losses: Mapping[str, float],
+        dice: Mapping[str, float],
+        held_out: Sequence[Sample],
+    ) -> None:
+        """Add a line to the curve and show it; draw what the network now makes of a sample."""
+        rate = (time.monotonic() - self.begun) / max(1, state.step - self.first)
+        row = {
+            'step': state.step,
+            'seconds_per_step': round(rate, 3),
+            **{f'loss_{"_".join(n.split())}': round(value, 5) for n, value in losses.items()},
+            **{f'dice_{name}': value for name, value in dice.items()},
+        }
+        state.curve.append(row)
+        write_curve(state.curve, self.folder / 'curve.csv')
+        if self.board:
+            for name, value in row.items():
+                if name != 'step':
+                    self.board.add_scalar(name.replace('_', '/', 1), value, state.step)
+        if held_out:
+            # The one that shows most.
+            shown = max(held_out, key=lambda sample: float(sample.target[1:].sum()))
+            picture = draw_sample(state.average, shown)
+            self._picture(picture)
+            if self.board:
+                self.board.add_image('held out', picture, state.step, dataformats='HWC')
+        tissue = [dice[name] for name in TISSUES if name in dice]
+        LOGGER.info(
+            'step %d of %d, %.2f s each, %s left: loss %s%s%s',
+            state.step,
+            self.steps,
+            rate,
+            _duration(rate * (self.steps - state.step)),
+            ' '.join(f'{name} {value:.3f}' for name, value in losses.items()),
+            f', tissue Dice {np.mean(tissue):.1f}' if tissue else '',
+            f', lesion Dice {dice["L"]:.1f}' if 'L' in dice else '',
+        )
+
+    def _picture(self, picture: np.ndarray) -> None:
+        from PIL import Image
+
+        temporary = self.folder / 'held_out.tmp'
+        Image.fromarray(picture).save(temporary, 'PNG')
+        temporary.replace(self.folder / 'held_out.png')
+
+
+def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write all lines of a curve; a term that began late has empty cells before."""
+    names = dict.fromkeys(name for row in curve for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(names), restval='', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(curve)
     temporary = path.with_suffix('.tmp')
-    torch.save(state, temporary)
+    temporary.write_text(text.getvalue())
     temporary.replace(path)
 
 
-def _log(
-    path: Path,
-    step: int,
-    recent: list[list[float]],
-    dice: dict[str, float],
-    started: float,
-    first: int,
-) -> None:
-    """Add a line to the curve and show it."""
-    rate = (time.monotonic() - started) / max(1, step - first)
-    row = {
-        'step': step,
-        'seconds_per_step': round(rate, 3),
-        **{f'loss_{i}': round(float(value), 4) for i, value in enumerate(_means(recent))},
-        **dice,
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f'{minutes // 60} h {minutes % 60:02d} min' if minutes >= 60 else f'{minutes} min'
+
+
+@torch.no_grad()
+def draw_sample(network: nn.Module, sample: Sample) -> np.ndarray:
+    """Return a picture of a sample: its images, what is annotated, what the network says.
+
+    Returns
+    -------
+    np.ndarray
+        `(rows, columns, 3)`, uint8: the slice with the most foreground, anterior upwards.
+    """
+    from bids_jointseg.labels import LABELS
+
+    network.eval()
+    device = str(next(network.parameters()).device)
+    batch = _to(collate([sample]), device)
+    found = probabilities(network, batch.images)[0].argmax(0).cpu()
+    colours = torch.tensor(
+        [[int(label.color[i : i + 2], 16) for i in (1, 3, 5)] for label in LABELS]
+        + [[90, 90, 90]],
+        dtype=torch.uint8,
+    )
+    truth = torch.full(found.shape, len(LABELS))
+    for index, group in enumerate(sample.groups):
+        valid = sample.valid.expand_as(sample.target)[index] > 0
+        if len(group) == 1:
+            truth[(sample.target[index] > 0.5) & valid] = CLASSES.index(min(group))
+    z = int((found > 0).sum((0, 1)).argmax())
+    panels = []
+    for name in sorted(sample.images):
+        image = sample.images[name][0, :, :, z]
+        low, high = torch.quantile(image, torch.tensor([0.01, 0.995]))
+        gray = ((image - low) / (high - low).clamp_min(1e-3) * 255).clamp(0, 255)
+        panels.append(gray.to(torch.uint8)[..., None].expand(-1, -1, 3))
+    panels += [colours[truth[:, :, z]], colours[found[:, :, z]]]
+    return torch.cat([panel.flip(1).transpose(0, 1) for panel in panels], 1).numpy()
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """The people of one fold of a recipe.
+
+    Attributes
+    ----------
+    cohorts
+        Part (`train`, `validation`) -> datasets with their people.
+    masks
+        Part -> lesion masks.
+    landmarks
+        Modality -> landmarks, learned from the training people, or None.
+    names
+        Part -> dataset -> subjects.
+    """
+
+    cohorts: dict[str, list[Cohort]]
+    masks: dict[str, list[Tensor]]
+    landmarks: dict[str, list[float]] | None
+    names: dict[str, dict[str, list[str]]]
+
+
+def read_data(
+    recipe: Recipe, cache: Sequence[Path], masks: Mapping[str, Mapping[str, Path]], fold: int
+) -> Data:
+    """Read the cached people of one fold; nothing of its test people is looked at.
+
+    Parameters
+    ----------
+    recipe
+        Whose split it is.
+    cache
+        Files of :func:`bids_jointseg.sampling.write_person`.
+    masks
+        Dataset -> subject -> lesion mask in MNI152 space.
+    fold
+        From 0.
+    """
+    files: dict[str, list[tuple[str, Path]]] = {}
+    for path in sorted(cache):
+        with np.load(path) as stored:
+            files.setdefault(str(stored['dataset']), []).append((str(stored['subject']), path))
+    parts = ('train', 'validation')
+    chosen: dict[str, dict[str, list[Path]]] = {part: {} for part in parts}
+    names: dict[str, dict[str, list[str]]] = {part: {} for part in (*parts, 'test')}
+    found: dict[str, list[Tensor]] = {part: [] for part in parts}
+    for source in recipe.datasets:
+        subjects = (
+            list(masks.get(source.name, ()))
+            if source.lesion_masks
+            else [subject for subject, _ in files.get(source.name, ())]
+        )
+        if not subjects:
+            continue
+        split = recipe.split(source, subjects, fold)
+        for subject, part in split.items():
+            names[part].setdefault(source.name, []).append(subject)
+            if source.lesion_masks and part in parts:
+                found[part].append(read_mask(masks[source.name][subject]))
+        for subject, path in files.get(source.name, ()):
+            if split[subject] in parts:
+                chosen[split[subject]].setdefault(source.name, []).append(path)
+    landmarks = None
+    if recipe.landmarks:
+        scans: dict[str, list[Any]] = {}
+        for paths in chosen['train'].values():
+            for path in paths:
+                for modality, image in raw_images(path).items():
+                    scans.setdefault(modality, []).append(image)
+        landmarks = {name: list(train_landmarks(images)) for name, images in scans.items()}
+    cohorts = {
+        part: [
+            Cohort(
+                source,
+                tuple(
+                    read_person(path, landmarks, source.tells)
+                    for path in chosen[part][source.name]
+                ),
+            )
+            for source in recipe.datasets
+            if source.name in chosen[part]
+        ]
+        for part in parts
     }
-    new = not path.is_file()
-    with path.open('a', newline='') as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    tissue = np.mean([dice[name] for name in TISSUES])
-    LOGGER.info(
-        'step %d, %.2f s each: loss %s, tissue %.1f, lesion %.1f',
-        step, rate, ' '.join(f'{value:.3f}' for value in _means(recent)), tissue, dice['L'],
-    )  # fmt: skip
-
-
-def _means(recent: list[list[float]]) -> list[float]:
-    columns = np.array(recent, dtype=float).T
-    return [float(np.nanmean(c)) if np.isfinite(c).any() else float('nan') for c in columns]
+    return Data(cohorts, found, landmarks, names)
 
 
 def train_recipe(
     recipe: Recipe,
     *,
-    people: Sequence[Path],
-    pairs: Sequence[Path],
-    lesions: Mapping[str, Path],
+    cache: Sequence[Path],
+    masks: Mapping[str, Mapping[str, Path]],
     folder: Path,
+    fold: int = 0,
     device: str = 'auto',
     threads: int = 1,
     workers: int = 1,
     seconds: float = float('inf'),
 ) -> ModelCard:
-    """Train what a recipe says from cached people and write the model to `folder`.
+    """Train one fold of a recipe from cached people and write the model to `folder`.
 
     Parameters
     ----------
     recipe
         From :func:`bids_jointseg.recipe.read_recipe`.
-    people
-        Files of :func:`bids_jointseg.sampling.write_person`, named `DATASET_sub-SUBJECT.npz`.
-    pairs
-        Files of :func:`bids_jointseg.sampling.write_pair`.
-    lesions
-        Subject -> mask in MNI space.
+    cache, masks, fold
+        See :func:`read_data`.
     folder
         Checkpoint, curve and model.
     device, threads, workers, seconds
@@ -335,68 +825,137 @@ def train_recipe(
     -------
     ModelCard
         With its path.
+
+    Raises
+    ------
+    RecipeError
+        If nothing is left to learn from.
     """
     torch.set_num_threads(threads)
-    sources = {source.name: source for source in recipe.datasets}
-    split: dict[str, dict[str, list[Person]]] = {
-        part: {'scans': [], 'heads': []} for part in ('train', 'validation')
-    }
-    names: dict[str, dict[str, list[str]]] = {'train': {}, 'validation': {}}
-    for path in people:
-        dataset, subject = path.stem.rsplit('_sub-', 1)
-        part = sources[dataset].part(subject)
-        if part != 'test':
-            person = read_person(path)
-            split[part]['heads' if person.t1w is None else 'scans'].append(person)
-            names[part].setdefault(dataset, []).append(subject)
-    masks: dict[str, list[Tensor]] = {}
-    (lesion_source,) = (source for source in recipe.datasets if source.role == 'lesions')
-    cached = folder / 'lesions.npz'
-    folder.mkdir(parents=True, exist_ok=True)
-    write_lesions(lesions, cached)
-    for part in split:
-        chosen = [subject for subject in lesions if lesion_source.part(subject) == part]
-        masks[part] = read_lesions(cached, chosen)
-        names[part][lesion_source.name] = chosen
-    settings = Settings(architecture=recipe.architecture, **recipe.training)
+    settings = Settings(
+        architecture=recipe.architecture,
+        modalities=recipe.modalities,
+        **tuples(recipe.training),
+    )
     samples = SampleSettings(**tuples(recipe.samples))
+    data = read_data(recipe, cache, masks, fold)
+    heads = [
+        person
+        for cohort in data.cohorts['train']
+        if not cohort.source.modalities
+        for person in cohort.people
+    ]
 
-    def windows(part: str, heads_share: float, number: int, length: int) -> Windows:
+    def windows(part: str, stream: str, number: int, length: int, batch: int) -> Windows:
+        cohorts = [c for c in data.cohorts[part] if c.source.stream == stream]
         return Windows(
-            split[part]['scans'],
-            split[part]['heads'],
-            masks[part],
-            settings=replace(samples, heads_share=heads_share),
+            cohorts,
+            heads=heads,
+            masks=data.masks[part],
+            settings=samples,
+            slice_mm=recipe.slice_mm,
             seed=settings.seed + number,
+            batch=batch,
             length=length,
         )
 
-    held_out = windows('validation', 0.5, 3, 12)
-    network = run(
-        settings,
-        [windows('train', 0.0, 1, settings.steps), windows('train', 1.0, 2, settings.steps)],
-        Pairs(sorted(pairs), seed=settings.seed + 4, length=settings.steps) if pairs else None,
-        [held_out[number] for number in range(len(held_out))],
-        folder,
-        device=str(choose_device(device)),
-        workers=workers,
-        seconds=seconds,
-    )
-    card = ModelCard(
-        name=recipe.name,
-        version=recipe.version,
-        architecture=recipe.architecture,
-        modalities=recipe.modalities,
-        in_plane_mm=recipe.in_plane_mm,
-        slice_mm=recipe.slice_mm,
-        window=recipe.window,
-        licence=recipe.licence,
-        training={
-            'steps': settings.steps,
-            'people': names['train'],
-            'validation': names['validation'],
-            'unlabelled': [path.stem for path in sorted(pairs)],
-            'test': {source.name: list(source.test) for source in recipe.datasets if source.test},
+    chosen = str(choose_device(device))
+    with processes(chosen) as (together, own):
+        shared = settings.batch * together.count
+        streams = {
+            name: windows('train', name, number, settings.steps * shared, shared)
+            for number, name in enumerate(('tissue', 'lesions', 'unlabelled'), start=1)
+        }
+        labelled = {n: streams[n] for n in ('tissue', 'lesions') if streams[n].cohorts}
+        if not labelled:
+            raise RecipeError(f'{recipe.name}: no annotated person is left for training')
+        held_out = [
+            data_[number]
+            for data_ in (windows('validation', name, 4, 6, 1) for name in ('tissue', 'lesions'))
+            if data_.cohorts
+            for number in range(len(data_))
+        ]
+        trained = run(
+            settings,
+            labelled,
+            streams['unlabelled'] if streams['unlabelled'].cohorts else None,
+            held_out,
+            folder,
+            device=own,
+            workers=workers,
+            seconds=seconds,
+            together=together,
+        )
+        card = ModelCard(
+            name=recipe.name,
+            version=recipe.version,
+            architecture=recipe.architecture,
+            modalities=recipe.modalities,
+            in_plane_mm=recipe.in_plane_mm,
+            slice_mm=recipe.slice_mm,
+            window=recipe.window,
+            landmarks=data.landmarks,
+            licence=recipe.licence,
+            training={
+                'steps': trained.steps,
+                'finished': trained.finished,
+                'fold': fold,
+                'settings': asdict(settings) | {'samples': asdict(samples)},
+                'seconds': round(sum_seconds(trained.curve)),
+                'people': {n: p for n, p in data.names['train'].items() if _told(recipe, n)},
+                'unlabelled': {
+                    n: p for n, p in data.names['train'].items() if not _told(recipe, n)
+                },
+                'validation': data.names['validation'],
+                'test': data.names['test'],
+            },
+        )
+        if together.rank:
+            return replace(card, path=folder / f'{card.name}.json')
+        return save_model(trained.network, card, folder)
+
+
+def _told(recipe: Recipe, name: str) -> bool:
+    """Return whether a dataset is annotated."""
+    (source,) = (source for source in recipe.datasets if source.name == name)
+    return source.stream != 'unlabelled'
+
+
+def sum_seconds(curve: Sequence[Mapping[str, float]]) -> float:
+    """Return the time that the iterations of a curve took, restarts left out."""
+    steps = np.diff([0, *(row['step'] for row in curve)])
+    return float(np.dot(steps, [row['seconds_per_step'] for row in curve]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train one fold from a cache: what ``torchrun`` starts, once for each process."""
+    parser = argparse.ArgumentParser('python -m bids_jointseg.training', description=main.__doc__)
+    parser.add_argument('job', type=Path, help='job.json, which jointseg-train writes')
+    arguments = parser.parse_args(argv)
+    job = json.loads(arguments.job.read_text(encoding='utf-8'))
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
+    LOGGER.setLevel(logging.INFO if os.environ.get('RANK', '0') == '0' else logging.WARNING)
+    train_job(job, arguments.job.parent)
+    return 0
+
+
+def train_job(job: Mapping[str, Any], folder: Path) -> ModelCard:
+    """Train what a job says: recipe, smoke, cache, masks, and the arguments of a training."""
+    return train_recipe(
+        read_recipe(job['recipe'], smoke=job['smoke']),
+        cache=[Path(path) for path in job['cache']],
+        masks={
+            name: {subject: Path(path) for subject, path in found.items()}
+            for name, found in job['masks'].items()
         },
+        folder=folder,
+        fold=job['fold'],
+        device=job['device'],
+        threads=job['threads'],
+        workers=job['workers'],
+        seconds=job['seconds'],
     )
-    return save_model(network, card, folder)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

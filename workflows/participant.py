@@ -101,9 +101,24 @@ def init_participant_wf(
             name=workflow_name(scan),
         )
         workflow.add_nodes([scan_wf])
-        crashes = log_folder(settings, scan.subject)
-        for node in scan_wf._get_all_nodes():
-            node.config = {'execution': {'crashdump_dir': str(crashes)}}
+    nodes = {
+        node: log_folder(settings, scan.subject)
+        for scan in scans
+        for node in workflow.get_node(workflow_name(scan))._get_all_nodes()
+    }
+    configure(workflow, nodes, stop_on_first_crash=settings.stop_on_first_crash)
+    paragraphs = [_introduce(card)]
+    paragraphs += dict.fromkeys(workflow.get_node(workflow_name(scan)).__desc__ for scan in scans)
+    workflow.__desc__ = '\n\n'.join(paragraphs)
+    return workflow
+
+
+def configure(
+    workflow: Workflow, crash_folders: Mapping[Node, Path], *, stop_on_first_crash: bool = False
+) -> None:
+    """Set how Nipype runs a workflow, and where each node leaves its crash report."""
+    for node, folder in crash_folders.items():
+        node.config = {'execution': {'crashdump_dir': str(folder)}}
     execution = {
         'check_version': 'false',
         'crashfile_format': 'txt',
@@ -113,14 +128,10 @@ def init_participant_wf(
         'poll_sleep_duration': '0.25',
         # The set of connected outputs must not change what a node's hash is.
         'remove_unnecessary_outputs': 'false',
-        'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
+        'stop_on_first_crash': str(stop_on_first_crash).lower(),
     }
     nipype_config.update_config({'execution': execution})
     workflow.config['execution'] = deepcopy(execution)
-    paragraphs = [_introduce(card)]
-    paragraphs += dict.fromkeys(workflow.get_node(workflow_name(scan)).__desc__ for scan in scans)
-    workflow.__desc__ = '\n\n'.join(paragraphs)
-    return workflow
 
 
 def init_scan_wf(
@@ -187,7 +198,6 @@ def init_scan_wf(
     paired = scan.t1w is not None and scan.flair is not None
     precomputed = find_transform(scan, derivatives or {}) if paired else None
     workflow.__desc__ = _describe(scan, precomputed=precomputed is not None)
-    gigabytes = _memory_gb(scan)
     configuration = result_configuration(card, level=level, fast=fast, random_seed=random_seed)
 
     inputnode = Node(IdentityInterface(fields=['t1w', 'flair']), name='inputnode')
@@ -209,33 +219,27 @@ def init_scan_wf(
         name='outputnode',
     )
 
-    check = Node(Check(), name='check', mem_gb=gigabytes)
-    resample = Node(
-        ToModelGrid(
-            modalities=list(card.modalities),
-            in_plane_mm=card.in_plane_mm,
-            slice_mm=card.slice_mm,
-            fast=fast,
-        ),
-        name='resample',
-        mem_gb=gigabytes,
+    check, resample, register = add_preprocessing(
+        workflow,
+        scan,
+        modalities=card.modalities,
+        in_plane_mm=card.in_plane_mm,
+        slice_mm=card.slice_mm,
+        fast=fast,
+        random_seed=random_seed,
+        precomputed=precomputed,
     )
-    normalise = Node(Normalise(landmarks=card.landmarks or {}), name='normalise', mem_gb=gigabytes)
-    segment = Node(
-        Segment(
-            model=str(card.path),
-            sha256=card.sha256,
-            fast=fast,
-            device=device,
-            threads=omp_nthreads,
-            use_gpu=use_gpu,
-        ),
-        name='segment',
-        mem_gb=max(2.0, 2 * gigabytes),
-        # A GPU node takes as many GPU slots as processors.
-        n_procs=1 if use_gpu else omp_nthreads,
+    to_native = add_segmentation(
+        workflow,
+        (check, resample, register),
+        card=card,
+        level=level,
+        fast=fast,
+        device=device,
+        use_gpu=use_gpu,
+        omp_nthreads=omp_nthreads,
     )
-    to_native = Node(ToNative(level=level), name='to_native', mem_gb=2 * gigabytes)
+    gigabytes = check.mem_gb
     write = Node(
         WriteDerivatives(
             scan=scan,
@@ -259,11 +263,6 @@ def init_scan_wf(
 
     workflow.connect([
         (inputnode, check, [('t1w', 't1w'), ('flair', 'flair')]),
-        (check, resample, [('t1w', 't1w'), ('flair', 'flair')]),
-        (resample, normalise, [('passes', 'passes')]),
-        (normalise, segment, [('passes', 'passes')]),
-        (segment, to_native, [('passes', 'passes')]),
-        (check, to_native, [('t1w', 't1w'), ('flair', 'flair')]),
         (check, write, [('t1w', 't1w'), ('flair', 'flair'), ('flags', 'flags')]),
         (to_native, write, [
             ('t1w_labels', 't1w_labels'),
@@ -286,24 +285,131 @@ def init_scan_wf(
         (write, outputnode, [('summary', 'summary')]),
     ])  # fmt: skip
 
-    if scan.t1w is not None and scan.flair is not None:
-        register = Node(
-            Register(pair=f'{scan.t1w} and {scan.flair.name}', seed=random_seed),
-            name='register',
-            mem_gb=gigabytes,
-        )
-        if precomputed is not None:
-            register.inputs.precomputed = str(precomputed)
-            register.inputs.inverse = '_from-T1w_to-FLAIR_' in precomputed.name
+    if register is not None:
         workflow.connect([
-            (check, register, [('t1w', 't1w'), ('flair', 'flair')]),
-            (register, resample, [('transform', 'transform')]),
-            (register, to_native, [('transform', 'transform')]),
             (register, write, [('transform', 'transform'), ('flags', 'alignment_flags')]),
             (register, figures, [('transform', 'transform')]),
             (register, outputnode, [('transform', 'transform')]),
         ])  # fmt: skip
     return workflow
+
+
+def add_preprocessing(
+    workflow: Workflow,
+    scan: Scan,
+    *,
+    modalities: Sequence[str],
+    in_plane_mm: float,
+    slice_mm: tuple[float, float],
+    fast: bool = False,
+    random_seed: int = 0,
+    precomputed: Path | None = None,
+) -> tuple[Node, Node, Node | None]:
+    """Add what brings a scan onto the grids of the network: for training as for inference.
+
+    Parameters
+    ----------
+    workflow
+        That of the scan.
+    scan
+        A T1w, a FLAIR, or both.
+    modalities, in_plane_mm, slice_mm
+        What the network takes.
+    fast
+        One pass of the network.
+    random_seed
+        Of the registration.
+    precomputed
+        Transform between the two scans, if there is one.
+
+    Returns
+    -------
+    tuple[Node, Node, Node | None]
+        `check` (t1w, flair), `resample` (passes), and `register` (transform) for two scans.
+    """
+    gigabytes = _memory_gb(scan)
+    check = Node(Check(), name='check', mem_gb=gigabytes)
+    resample = Node(
+        ToModelGrid(
+            modalities=list(modalities), in_plane_mm=in_plane_mm, slice_mm=slice_mm, fast=fast
+        ),
+        name='resample',
+        mem_gb=gigabytes,
+    )
+    workflow.connect([(check, resample, [('t1w', 't1w'), ('flair', 'flair')])])
+    if scan.t1w is None or scan.flair is None:
+        return check, resample, None
+    register = Node(
+        Register(pair=f'{scan.t1w} and {scan.flair.name}', seed=random_seed),
+        name='register',
+        mem_gb=gigabytes,
+    )
+    if precomputed is not None:
+        register.inputs.precomputed = str(precomputed)
+        register.inputs.inverse = '_from-T1w_to-FLAIR_' in precomputed.name
+    workflow.connect([
+        (check, register, [('t1w', 't1w'), ('flair', 'flair')]),
+        (register, resample, [('transform', 'transform')]),
+    ])  # fmt: skip
+    return check, resample, register
+
+
+def add_segmentation(
+    workflow: Workflow,
+    stages: tuple[Node, Node, Node | None],
+    *,
+    card: ModelCard,
+    level: str = 'full',
+    fast: bool = False,
+    device: str = 'auto',
+    use_gpu: bool = False,
+    omp_nthreads: int = 1,
+) -> Node:
+    """Add what segments a scan that :func:`add_preprocessing` prepared.
+
+    Parameters
+    ----------
+    workflow
+        That of the scan.
+    stages
+        From :func:`add_preprocessing`.
+    card
+        Of the model.
+    level, fast, device, use_gpu, omp_nthreads
+        As for :func:`init_scan_wf`.
+
+    Returns
+    -------
+    Node
+        `to_native` (t1w_labels, flair_labels, probabilities, entropy).
+    """
+    check, resample, register = stages
+    gigabytes = check.mem_gb
+    normalise = Node(Normalise(landmarks=card.landmarks or {}), name='normalise', mem_gb=gigabytes)
+    segment = Node(
+        Segment(
+            model=str(card.path),
+            sha256=card.sha256,
+            fast=fast,
+            device=device,
+            threads=omp_nthreads,
+            use_gpu=use_gpu,
+        ),
+        name='segment',
+        mem_gb=max(2.0, 2 * gigabytes),
+        # A GPU node takes as many GPU slots as processors.
+        n_procs=1 if use_gpu else omp_nthreads,
+    )
+    to_native = Node(ToNative(level=level), name='to_native', mem_gb=2 * gigabytes)
+    workflow.connect([
+        (resample, normalise, [('passes', 'passes')]),
+        (normalise, segment, [('passes', 'passes')]),
+        (segment, to_native, [('passes', 'passes')]),
+        (check, to_native, [('t1w', 't1w'), ('flair', 'flair')]),
+    ])  # fmt: skip
+    if register is not None:
+        workflow.connect(register, 'transform', to_native, 'transform')
+    return to_native
 
 
 def run(

@@ -1,52 +1,542 @@
-"""From annotated datasets to a model file.
+"""From annotated BIDS datasets to a model and what it reaches.
 
-    cache_people, cache_pairs - train
+Three workflows, one after the other, each of which goes on where it stopped:
 
-One node per person prepares what training needs with the code that prepares scans for inference;
-the training itself keeps its checkpoints in the output folder and goes on from them.
+    cache   check - (register) - resample - cache        every scan, as for inference
+    train   one node per fold, which resumes from its own checkpoint
+    score   check - ... - segment - to_native - score    every test person of every fold
+
+A scan that fails is named and left out; the training begins with the others.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nipype.interfaces.utility import Merge
+import numpy as np
 from nipype.pipeline.engine import Node, Workflow
 
-from bids_jointseg.interfaces import CachePair, CachePerson, Train
-from bids_jointseg.recipe import RecipeError, read_recipe, subject_of
+from bids_jointseg.bids import Scan, annotated_scans
+from bids_jointseg.card import read_card
+from bids_jointseg.evaluation import write_tables
+from bids_jointseg.image import load_grid
+from bids_jointseg.interfaces import CacheScan, PaintHead, Score, Train
+from bids_jointseg.recipe import RecipeError, read_recipe
+from bids_jointseg.sampling import cached_files
+from bids_jointseg.workflows import execution
+from bids_jointseg.workflows.participant import (
+    add_preprocessing,
+    add_segmentation,
+    configure,
+    wants_gpu,
+)
 
 if TYPE_CHECKING:
-    from bids_jointseg.recipe import Source
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from bids_jointseg.bids import Annotated
+    from bids_jointseg.card import ModelCard
+    from bids_jointseg.recipe import Recipe, Source
+
+LOGGER = logging.getLogger('bids_jointseg')
+
+STAGES = {
+    'check': 'checked',
+    'register': 'FLAIR aligned with the T1w',
+    'resample': "brought onto the model's grid",
+    'cache': 'cached',
+    'paint': 'painted',
+    'train': 'trained',
+    'normalise': 'intensities normalised',
+    'segment': 'segmented',
+    'to_native': 'labelled on the native grids',
+    'score': 'scored',
+}
 
 
-def init_training_wf(
-    *,
-    recipe: str,
-    data: Path,
-    out_dir: Path,
-    work_dir: Path,
-    device: str = 'auto',
-    threads: int = 1,
-    workers: int = 1,
-    seconds: float = float('inf'),
-    name: str = 'jointseg_training_wf',
-) -> Workflow:
-    """Build the workflow that trains what a recipe says.
+@dataclass(frozen=True)
+class Item:
+    """One scan (or label map) of one dataset of a recipe."""
+
+    source: Source
+    found: Annotated
+
+    @property
+    def name(self) -> str:
+        """Name of its workflow."""
+        return re.sub(r'\W', '_', f'{self.source.name}_{self.found.name}')
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a training runs.
+
+    Attributes
+    ----------
+    recipe
+        Name or path.
+    out_dir
+        Models, curves, tables.
+    data
+        Folder of the datasets; by default that of the recipe.
+    work_dir
+        Cache and intermediate results; by default `work` in `out_dir`.
+    smoke
+        The recipe's small size.
+    folds
+        Which; all by default.
+    device, processes
+        For the network, and how many share an iteration.
+    nprocs, threads, workers
+        Processors, threads of the network, processes that draw samples of each stream.
+    seconds
+        Stop training, resumable, after this time.
+    verbose
+        Above 1 Nipype's messages are shown.
+    """
+
+    recipe: str
+    out_dir: Path
+    data: Path | None = None
+    work_dir: Path | None = None
+    smoke: bool = False
+    folds: tuple[int, ...] = ()
+    device: str = 'auto'
+    processes: int = 1
+    nprocs: int = 1
+    threads: int = 1
+    workers: int = 1
+    seconds: float = float('inf')
+    verbose: int = 0
+
+
+def run(options: Options) -> list[execution.Failure]:
+    """Train what a recipe says, and write models and tables to the output folder.
+
+    Returns
+    -------
+    list[Failure]
+        Scans that were left out, and folds that were not trained.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe or its data cannot be used.
+    """
+    recipe = read_recipe(options.recipe, smoke=options.smoke)
+    folds = options.folds or tuple(range(recipe.folds))
+    beyond = [fold for fold in folds if not 0 <= fold < recipe.folds]
+    if beyond:
+        raise RecipeError(f'{options.recipe}: no fold {beyond[0]}, only 0 to {recipe.folds - 1}')
+    items, masks = index(recipe, _data_folder(options))
+    failures = _cache(options, recipe, items, masks, folds)
+    failed = {failure.scan for failure in failures}
+    items = [item for item in items if item.name not in failed]
+    if not items:
+        raise RecipeError(f'{options.recipe}: no scan could be used: see above')
+    untrained = _train(options, recipe, items, masks, folds)
+    failures += untrained
+    rows: list[dict[str, Any]] = []
+    for fold in folds:
+        if f'fold {fold}' in {failure.scan for failure in untrained}:
+            continue
+        card = read_card(_fold_folder(options, recipe, fold) / f'{recipe.name}.json')
+        if not card.training['finished']:
+            LOGGER.info(
+                '%s: stopped at step %d; the same command goes on', card.path,
+                card.training['steps'],
+            )  # fmt: skip
+            continue
+        more, scored = _score(options, recipe, items, fold, card)
+        failures += more
+        rows += scored
+        LOGGER.info('model %s', card.path)
+    if rows:
+        for path in write_tables(rows, options.out_dir / 'evaluation'):
+            LOGGER.info('wrote %s', path)
+    return failures
+
+
+def index(recipe: Recipe, data: Path) -> tuple[list[Item], dict[str, dict[str, Path]]]:
+    """Find the scans and the lesion masks of a recipe's datasets.
 
     Parameters
     ----------
     recipe
-        Name or path.
+        From :func:`bids_jointseg.recipe.read_recipe`.
     data
-        Folder that holds the recipe's datasets.
-    out_dir
-        For checkpoint, curve and model.
-    work_dir
-        For the cache.
-    device, threads, workers, seconds
-        See :func:`bids_jointseg.training.run`.
+        Folder of the datasets.
+
+    Returns
+    -------
+    tuple[list[Item], dict]
+        Scans, and dataset -> subject -> lesion mask in MNI152 space.
+
+    Raises
+    ------
+    RecipeError
+        If a dataset is not there, or two scans would have one name.
+    """
+    items: list[Item] = []
+    masks: dict[str, dict[str, Path]] = {}
+    for source in recipe.datasets:
+        root = data / source.root
+        if not root.is_dir() and '*' in source.test:
+            LOGGER.warning('%s: not there: nothing is evaluated on %s', root, source.name)
+            continue
+        found = annotated_scans(source, root)
+        if source.lesion_masks:
+            masks[source.name] = {
+                item.subject: item.annotation for item in found if item.annotation is not None
+            }
+        else:
+            items += [Item(source, item) for item in found]
+    return items, masks
+
+
+def _data_folder(options: Options) -> Path:
+    path = Path(options.recipe)
+    if options.data is None and not path.suffix:
+        raise RecipeError(f'{path} is a recipe of the package: say where its --data lie')
+    return (options.data or path.parent).absolute()
+
+
+def _work(options: Options) -> Path:
+    return options.work_dir or options.out_dir / 'work'
+
+
+def _fold_folder(options: Options, recipe: Recipe, fold: int) -> Path:
+    return options.out_dir if recipe.folds == 1 else options.out_dir / f'fold-{fold}'
+
+
+def _run(
+    options: Options, workflow: Workflow, names: Mapping[str, str], plugin: str
+) -> list[execution.Failure]:
+    """Run one of the workflows; its crash reports go to the logs of the output folder."""
+    stages = [name for name in workflow.list_node_names() if name.split('.')[-1] in STAGES]
+    logs = options.out_dir / 'log' / f'{workflow.name}_{time.strftime("%Y%m%d-%H%M%S")}'
+    configure(workflow, dict.fromkeys(workflow._get_all_nodes(), logs))
+    Path(workflow.base_dir).mkdir(parents=True, exist_ok=True)
+    return execution.run(
+        workflow,
+        plugin=plugin,
+        plugin_args={
+            'n_procs': options.nprocs,
+            'raise_insufficient': False,
+            'mp_context': 'forkserver',
+        }
+        if plugin == 'MultiProc'
+        else {},
+        log_file=Path(workflow.base_dir) / 'nipype.log',
+        crash_folders=[logs],
+        progress=execution.Progress(names, STAGES, total=len(stages)),
+        verbose=options.verbose,
+    )
+
+
+# --- cache --------------------------------------------------------------------------------------
+
+
+def _cache(
+    options: Options,
+    recipe: Recipe,
+    items: Sequence[Item],
+    masks: Mapping[str, Mapping[str, Path]],
+    folds: Sequence[int],
+) -> list[execution.Failure]:
+    workflow = Workflow('cache', base_dir=str(_work(options)))
+    for item in items:
+        workflow.add_nodes([init_cache_wf(item, recipe=recipe, folder=_work(options) / 'scans')])
+    for number, (fold, item) in enumerate(_painted_tests(recipe, items, folds)):
+        unseen = [
+            path
+            for source in recipe.datasets
+            if source.lesion_masks
+            for subject, part in recipe.split(source, masks[source.name], fold).items()
+            if part == 'test'
+            for path in [masks[source.name][subject]]
+        ]
+        paint = Node(
+            PaintHead(
+                annotation=str(item.found.annotation),
+                protocol=item.source.protocol,
+                # From the last: the first test people may be patients with scans of their own.
+                masks=[str(path) for path in unseen[::-1]],
+                seed=number,
+                stem=str(_painted_stem(options, item)),
+            ),
+            name='paint',
+            mem_gb=3,
+            overwrite=None if _painted(options, item).annotation.is_file() else True,
+        )
+        head = Workflow(f'{item.name}_test')
+        head.add_nodes([paint])
+        workflow.add_nodes([head])
+    return _run(options, workflow, {item.name: item.name for item in items}, 'MultiProc')
+
+
+def init_cache_wf(item: Item, *, recipe: Recipe, folder: Path) -> Workflow:
+    """Build the workflow that caches one scan for training.
+
+    Parameters
+    ----------
+    item
+        Scan and label map.
+    recipe
+        Says what grid the model takes.
+    folder
+        Of the cache.
+
+    Returns
+    -------
+    Workflow
+
+    Outputs
+    -------
+    cache.files
+        For :func:`bids_jointseg.sampling.read_person`.
+    """
+    workflow = Workflow(item.name)
+    source, found = item.source, item.found
+    cache = Node(
+        CacheScan(
+            dataset=source.name,
+            subject=found.subject,
+            name=found.name,
+            protocol=source.protocol,
+            painted=bool(source.painted),
+            folder=str(folder),
+        ),
+        name='cache',
+        mem_gb=2,
+        overwrite=None if cached_files(folder, source.name, found.name) else True,
+    )
+    if found.annotation is not None:
+        cache.inputs.annotation = str(found.annotation)
+    if found.scan is None:
+        workflow.add_nodes([cache])
+        return workflow
+    low, high = recipe.slice_mm
+    check, resample, register = add_preprocessing(
+        workflow,
+        found.scan,
+        modalities=[name for name in source.modalities if name in recipe.modalities],
+        in_plane_mm=recipe.in_plane_mm,
+        # Thick slices of painted people are painted as such, from voxels of 1 mm.
+        slice_mm=(1.0, max(1.0, high)) if source.painted else (low, high),
+    )
+    _set_scans(check, found.scan)
+    workflow.connect([
+        (check, cache, [('t1w', 't1w'), ('flair', 'flair')]),
+        (resample, cache, [('passes', 'passes')]),
+    ])  # fmt: skip
+    if register is not None:
+        workflow.connect(register, 'transform', cache, 'transform')
+    return workflow
+
+
+def _set_scans(check: Node, scan: Scan) -> None:
+    for field in ('t1w', 'flair'):
+        path = getattr(scan, field)
+        if path is not None:
+            check.set_input(field, str(path))
+
+
+def _painted_tests(
+    recipe: Recipe, items: Sequence[Item], folds: Sequence[int]
+) -> list[tuple[int, Item]]:
+    """Return the test people without scans, each with the first fold that tests on them."""
+    found: dict[str, tuple[int, Item]] = {}
+    for fold in folds:
+        for item in _test_items(recipe, items, fold):
+            if item.found.scan is None:
+                found.setdefault(item.name, (fold, item))
+    return list(found.values())
+
+
+def _painted_stem(options: Options, item: Item) -> Path:
+    label = item.found.name.split('_')[0]
+    return options.out_dir / 'painted' / item.source.name / label / 'anat' / item.found.name
+
+
+def _painted(options: Options, item: Item) -> Annotated:
+    """Return the painted scan of a test person who has none."""
+    stem = _painted_stem(options, item)
+    images = {
+        name: stem.with_name(f'{stem.name}_{name}.nii.gz') for name in item.source.painted
+    }
+    scan = Scan(
+        subject=item.found.subject,
+        session=None,
+        t1w=images.get('T1w'),
+        flair=images.get('FLAIR'),
+        stem=item.found.name,
+    )
+    labels = stem.with_name(f'{stem.name}_desc-painted_dseg.nii.gz')
+    return replace(item.found, scan=scan, annotation=labels)
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def _train(
+    options: Options,
+    recipe: Recipe,
+    items: Sequence[Item],
+    masks: Mapping[str, Mapping[str, Path]],
+    folds: Sequence[int],
+) -> list[execution.Failure]:
+    workflow = Workflow('train', base_dir=str(_work(options)))
+    folder = _work(options) / 'scans'
+    files = [
+        path for item in items for path in cached_files(folder, item.source.name, item.found.name)
+    ]
+    for fold in folds:
+        job = {
+            'recipe': options.recipe,
+            'smoke': options.smoke,
+            'fold': fold,
+            'cache': [str(path) for path in files],
+            'masks': {
+                name: {subject: str(path) for subject, path in found.items()}
+                for name, found in masks.items()
+            },
+            'device': options.device,
+            'threads': options.threads,
+            'workers': options.workers,
+            'seconds': options.seconds,
+        }
+        node = Node(
+            Train(
+                job=job,
+                name=recipe.name,
+                out_dir=str(_fold_folder(options, recipe, fold).absolute()),
+                processes=options.processes,
+                use_gpu=wants_gpu(options.device),
+            ),
+            name='train',
+            # It goes on from its own checkpoint: Nipype must not take a stopped run for done.
+            overwrite=True,
+        )
+        part = Workflow(f'fold_{fold}')
+        part.add_nodes([node])
+        workflow.add_nodes([part])
+    # In this process, for the sake of its progress bar and of Ctrl-C.
+    return _run(options, workflow, {f'fold_{fold}': f'fold {fold}' for fold in folds}, 'Linear')
+
+
+# --- score --------------------------------------------------------------------------------------
+
+
+def _score(
+    options: Options, recipe: Recipe, items: Sequence[Item], fold: int, card: ModelCard
+) -> tuple[list[execution.Failure], list[dict[str, Any]]]:
+    workflow = Workflow(f'score_{fold}', base_dir=str(_work(options)))
+    names = {}
+    for item in _test_items(recipe, items, fold):
+        painted = item.found.scan is None
+        found = _painted(options, item) if painted else item.found
+        for inputs, scan in _variants(found.scan, found.annotation):
+            name = re.sub(r'\W', '_', f'{item.name}_{inputs}')
+            names[name] = f'{item.source.name} {item.found.name} from {inputs}'
+            workflow.add_nodes([
+                init_score_wf(
+                    scan,
+                    found.annotation,
+                    protocol='jointseg' if painted else item.source.protocol,
+                    card=card,
+                    identity={
+                        'dataset': item.source.name,
+                        'scan': found.name + (f'_fold-{fold}' if recipe.folds > 1 else ''),
+                        'model': f'{recipe.name} ({inputs})',
+                    },
+                    device=options.device,
+                    threads=options.nprocs,
+                    name=name,
+                )
+            ])  # fmt: skip
+    if not names:
+        return [], []
+    failures = _run(options, workflow, names, 'MultiProc')
+    rows = []
+    for name in names:
+        path = Path(workflow.base_dir) / workflow.name / name / 'score' / 'rows.json'
+        if path.is_file():
+            rows += json.loads(path.read_text(encoding='utf-8'))['rows']
+    return failures, rows
+
+
+def _test_items(recipe: Recipe, items: Iterable[Item], fold: int) -> list[Item]:
+    """Return the annotated scans of the people whom a fold tests on."""
+    by_source: dict[str, list[Item]] = {}
+    for item in items:
+        by_source.setdefault(item.source.name, []).append(item)
+    chosen = []
+    for members in by_source.values():
+        source = members[0].source
+        split = recipe.split(source, [item.found.subject for item in members], fold)
+        chosen += [
+            item
+            for item in members
+            if split[item.found.subject] == 'test' and item.found.annotation is not None
+        ]
+    return chosen
+
+
+def _variants(scan: Scan, annotation: Path) -> list[tuple[str, Scan]]:
+    """Return the inputs that a scan offers, of those on whose grid it is annotated."""
+    paths = {
+        name: path for name, path in (('T1w', scan.t1w), ('FLAIR', scan.flair)) if path is not None
+    }
+    labels = load_grid(annotation)
+    variants = []
+    for names in (('T1w', 'FLAIR'), ('T1w',), ('FLAIR',)):
+        given = {name: paths[name] for name in names if name in paths}
+        if len(given) < len(names):
+            continue
+        grids = [load_grid(path) for path in given.values()]
+        if any(
+            grid.shape == labels.shape and np.allclose(grid.affine, labels.affine, atol=1e-2)
+            for grid in grids
+        ):
+            variants.append((
+                '+'.join(names),
+                replace(scan, t1w=given.get('T1w'), flair=given.get('FLAIR')),
+            ))  # fmt: skip
+    return variants
+
+
+def init_score_wf(
+    scan: Scan,
+    annotation: Path,
+    *,
+    protocol: str,
+    card: ModelCard,
+    identity: Mapping[str, str],
+    device: str,
+    threads: int,
+    name: str,
+) -> Workflow:
+    """Build the workflow that segments one annotated scan as the app does, and compares.
+
+    Parameters
+    ----------
+    scan, annotation
+        Scan and reference.
+    protocol
+        What the reference's labels say.
+    card
+        Of the model.
+    identity
+        Goes into every row: dataset, scan, model.
+    device, threads
+        For the network.
     name
         Of the workflow.
 
@@ -54,71 +544,37 @@ def init_training_wf(
     -------
     Workflow
 
-    Raises
-    ------
-    RecipeError
-        If a dataset of the recipe is not in `data`.
-
     Outputs
     -------
-    train.card
-        Card of the trained model.
+    score.rows
+        JSON, for :func:`bids_jointseg.evaluation.write_tables`.
     """
-    settings = read_recipe(recipe)
-    workflow = Workflow(name=name, base_dir=str(work_dir))
-    train = Node(
-        Train(
-            recipe=recipe,
-            out_dir=str(out_dir),
-            device=device,
-            threads=threads,
-            workers=workers,
-            seconds=seconds,
-            use_gpu=device != 'cpu',
-            lesions={},
-        ),
-        name='train',
-        n_procs=threads + workers,
-        # It goes on from its own checkpoint: Nipype must not take a run that stopped for done.
-        overwrite=True,
+    workflow = Workflow(name)
+    stages = add_preprocessing(
+        workflow,
+        scan,
+        modalities=card.modalities,
+        in_plane_mm=card.in_plane_mm,
+        slice_mm=card.slice_mm,
     )
-    found: dict[str, list[Node]] = {'people': [], 'pairs': []}
-    for source in settings.datasets:
-        root = data / source.name
-        paths = sorted(root.glob(source.annotation or source.image))
-        if not paths:
-            raise RecipeError(
-                f'{root}: no file matches {source.annotation or source.image!r}: '
-                f'the recipe {settings.name!r} expects the dataset there'
-            )
-        if source.role == 'lesions':
-            train.inputs.lesions = {subject_of(path): str(path) for path in paths}
-        elif source.role == 'unlabelled':
-            found['pairs'] += [_pair_node(path, settings.slice_mm) for path in paths]
-        else:
-            found['people'] += [_person_node(path, root, source) for path in paths]
-    for field, output in (('people', 'person'), ('pairs', 'pair')):
-        if found[field]:
-            merge = Node(Merge(len(found[field])), name=f'gather_{field}')
-            for number, node in enumerate(found[field], start=1):
-                workflow.connect(node, output, merge, f'in{number}')
-            workflow.connect(merge, 'out', train, field)
+    check = stages[0]
+    _set_scans(check, scan)
+    to_native = add_segmentation(
+        workflow,
+        stages,
+        card=card,
+        level='minimal',
+        device=device,
+        use_gpu=wants_gpu(device),
+        omp_nthreads=threads,
+    )
+    score = Node(
+        Score(annotation=str(annotation), protocol=protocol, identity=dict(identity)),
+        name='score',
+        mem_gb=2,
+    )
+    workflow.connect([
+        (check, score, [('t1w', 't1w'), ('flair', 'flair')]),
+        (to_native, score, [('t1w_labels', 't1w_labels'), ('flair_labels', 'flair_labels')]),
+    ])  # fmt: skip
     return workflow
-
-
-def _person_node(path: Path, root: Path, source: Source) -> Node:
-    subject = subject_of(path)
-    scan = str(root / source.image.format(subject=subject)) if source.image else None
-    cache = CachePerson(
-        annotation=str(path),
-        protocol=source.protocol,
-        scan=scan,
-        name=f'{source.name}_sub-{subject}',
-    )
-    return Node(cache, name=f'cache_{source.name.replace("-", "_")}_{subject}')
-
-
-def _pair_node(path: Path, slice_mm: tuple[float, float]) -> Node:
-    t1w = path.with_name(path.name.replace('_FLAIR', '_T1w'))
-    name = path.name.split('.', maxsplit=1)[0].replace('-', '_')
-    return Node(CachePair(flair=str(path), t1w=str(t1w), slice_mm=slice_mm), name=f'cache_{name}')
