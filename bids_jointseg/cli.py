@@ -527,12 +527,18 @@ def train(argv: Sequence[str] | None = None) -> int:
     training.add_argument(
         '--processes', type=int, default=1, metavar='N', help='that share an iteration (GPUs)'
     )
-    training.add_argument('--nprocs', type=int, default=os.cpu_count() or 1, metavar='N')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     training.add_argument(
-        '--omp-nthreads', type=int, default=1, metavar='N', help='threads of the training'
+        '--nprocs', type=int, default=cores, metavar='N', help='processors to use'
     )
     training.add_argument(
-        '--workers', type=int, default=1, metavar='N', help='processes that draw samples, each'
+        '--omp-nthreads', type=int, metavar='N', help='threads of the network (half of nprocs)'
+    )
+    training.add_argument(
+        '--workers',
+        type=int,
+        metavar='N',
+        help='processes that draw samples, for tissue and for lesions each (a quarter of nprocs)',
     )
     training.add_argument(
         '--hours', type=float, default=float('inf'), help='stop after this time, to go on later'
@@ -560,8 +566,10 @@ def train(argv: Sequence[str] | None = None) -> int:
                 device=arguments.device,
                 processes=arguments.processes,
                 nprocs=arguments.nprocs,
-                threads=arguments.omp_nthreads,
-                workers=arguments.workers,
+                threads=arguments.omp_nthreads or max(1, arguments.nprocs // 2),
+                workers=max(1, arguments.nprocs // 4)
+                if arguments.workers is None
+                else arguments.workers,
                 seconds=arguments.hours * 3600,
                 verbose=arguments.verbose,
             )

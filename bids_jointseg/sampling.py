@@ -416,6 +416,8 @@ class Settings:
         How often it shows face or neck.
     strip_share, borrow_share
         How often a painted head loses its skull, a skull-stripped one gets another's.
+    view_share
+        How often a scan ends within the window.
     modalities
         Sets of modalities and their weights, of those that a person has.
     """
@@ -430,6 +432,7 @@ class Settings:
     outside_share: float = 0.2
     strip_share: float = 0.4
     borrow_share: float = 0.4
+    view_share: float = 0.15
     modalities: tuple[tuple[tuple[str, ...], float], ...] = (
         (('T1w',), 0.35),
         (('FLAIR',), 0.2),
@@ -754,7 +757,9 @@ class Windows(torch.utils.data.Dataset[Sample]):
                 image = torch.where(kinds == synth.AIR, torch.zeros(()), image)
                 level = synth.painted_level(means**drawn.gamma, counts)
             image = augment.slices(augment.acquire(image, drawn, generator), dense)
-            image, view = augment.limit_view(image, augment.draw_view(rng, image.shape))
+            image, view = augment.limit_view(
+                image, augment.draw_view(rng, image.shape, self.settings.view_share)
+            )
             views.append(view)
             images[modality] = augment.standardise(image, *level, drawn)[None]
         return images, torch.stack(views).any(0).float()
@@ -805,7 +810,7 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def paint_head(
-    labels: Volume, protocol: str, masks: Sequence[Tensor], *, seed: int
+    labels: Volume, protocol: str, masks: Sequence[Tensor], *, seed: int, slice_mm: int = 1
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.uint8], Grid]:
     """Paint a T1w and a FLAIR of a whole head, with the lesions of one mask, if there are any.
 
@@ -819,6 +824,8 @@ def paint_head(
         From :func:`read_mask`.
     seed
         Of everything that is drawn.
+    slice_mm
+        Thickness of the slices.
 
     Returns
     -------
@@ -843,17 +850,22 @@ def paint_head(
     )
     source = Source('painted', painted=('T1w', 'FLAIR'), annotation='.', protocol=protocol)
     cohort = Cohort(source, (person,))
-    settings = replace(Settings(), strip_share=0.0)
+    settings = replace(Settings(), strip_share=0.0, view_share=0.0)
     windows = Windows([cohort], settings=settings, seed=seed, length=1)
     rng = np.random.default_rng((2019, seed))
     generator = Generator().manual_seed(int(rng.integers(2**62)))
     mask = masks[seed % len(masks)] if masks else None
+    points = whole(person)
+    points = points[:, :, : points.shape[2] // slice_mm * slice_mm]
     sample = windows.compose(
-        person, cohort, source.painted, whole(person), 1, mask, np.eye(4), rng, generator
+        person, cohort, source.painted, points, slice_mm, mask, np.eye(4), rng, generator
     )
     images = {
         modality: (image[0] - image.min()).numpy() for modality, image in sample.images.items()
     }
     single = torch.tensor([CLASSES.index(min(group)) for group in cohort.groups])
     found = INDICES[single[sample.target.argmax(0)].numpy()]
-    return images, np.where(sample.valid[0].numpy() > 0, found, 255).astype(np.uint8), grid
+    found = np.where(sample.valid[0].numpy() > 0, found, 255).astype(np.uint8)
+    thick = np.diag([1.0, 1.0, slice_mm, 1.0])
+    thick[2, 3] = (slice_mm - 1) / 2
+    return images, found, Grid(found.shape, grid.affine @ thick)

@@ -360,6 +360,8 @@ def run(
                 finished = together.agree(finished)
                 if late:
                     break
+    if signal.SIGINT in stopped:
+        raise KeyboardInterrupt
     network = state.best if settings.patience and held_out else state.average
     return Trained(network.eval(), state.step, finished, state.curve)
 
@@ -493,17 +495,28 @@ def _one_thread(_: int) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM, with which schedulers announce the end: the run stops, resumable."""
+    """Collect what asks for an end: Ctrl-C, and SIGTERM, with which schedulers announce theirs.
+
+    The first of them stops the run, resumable, after the iteration; a second one stops it now.
+    """
     received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
     try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+        for number in before:
+            signal.signal(number, stop)
     except ValueError:  # not the main thread
         yield received
         return
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _to(sample: Sample, device: str) -> Sample:
