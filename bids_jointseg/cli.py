@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bids_jointseg import __version__
-from bids_jointseg.config import ANALYSES, LEVELS, Settings, SettingsError
+from bids_jointseg.config import ANALYSES, LEVELS, Settings, SettingsError, available_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -527,9 +527,8 @@ def train(argv: Sequence[str] | None = None) -> int:
     training.add_argument(
         '--processes', type=int, default=1, metavar='N', help='that share an iteration (GPUs)'
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     training.add_argument(
-        '--nprocs', type=int, default=cores, metavar='N', help='processors to use'
+        '--nprocs', type=int, default=available_cpus(), metavar='N', help='processors to use'
     )
     training.add_argument(
         '--omp-nthreads', type=int, metavar='N', help='threads of the network (half of nprocs)'

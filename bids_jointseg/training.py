@@ -222,9 +222,10 @@ class _State:
     best_score: float = float('-inf')
     stale: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    recent: list[dict[str, float]] = field(default_factory=list)
 
     _parts = ('network', 'average', 'best', 'optimiser', 'scaler')
-    _values = ('step', 'best_score', 'stale', 'curve', 'identity')
+    _values = ('step', 'best_score', 'stale', 'curve', 'recent', 'identity')
 
     def save(self, path: Path) -> None:
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in self._parts}
@@ -320,7 +321,6 @@ def run(
         turns = [(step - start) // every for step in coming]
         pairs = _stream(unlabelled, turns, settings, workers, together)
     risk = _Risk(settings, device, together.total)
-    recent: list[dict[str, float]] = []
     finished = state.step >= settings.steps or _stale(settings, state)
     begun = time.monotonic()
     with _Log(folder, settings, first, together) as log, _signals() as stopped:
@@ -345,21 +345,23 @@ def run(
             step = state.step
             _follow(state.average, state.network, min(settings.average, (1 + step) / (10 + step)))
             state.step += 1
-            recent.append(values)
+            state.recent.append(values)
             log.tick(values)
-            late = bool(stopped) or time.monotonic() - begun > seconds
-            late = together.agree(late)
-            if state.step % settings.validate_every == 0 or state.step == settings.steps or late:
-                if together.rank == 0:
-                    found = score(state.average, held_out)
-                    _judge(state, found)
-                    log.write(state, _means(recent), found, held_out)
-                    state.save(checkpoint)
-                recent = []
-                finished = state.step == settings.steps or _stale(settings, state)
-                finished = together.agree(finished)
-                if late:
-                    break
+            late = together.agree(bool(stopped) or time.monotonic() - begun > seconds)
+            due = state.step % settings.validate_every == 0 or state.step == settings.steps
+            if due and together.rank == 0:
+                found = score(state.average, held_out)
+                _judge(state, found)
+                log.write(state, found, held_out)
+                state.recent = []
+            if (due or late) and together.rank == 0:
+                state.save(checkpoint)
+            if due:
+                finished = together.agree(
+                    state.step == settings.steps or _stale(settings, state)
+                )
+            if late:
+                break
     if signal.SIGINT in stopped:
         raise KeyboardInterrupt
     network = state.best if settings.patience and held_out else state.average
@@ -619,13 +621,10 @@ class _Log:
         self.bar.set_postfix({name: f'{value:.3f}' for name, value in values.items()})
 
     def write(
-        self,
-        state: _State,
-        losses: Mapping[str, float],
-        dice: Mapping[str, float],
-        held_out: Sequence[Sample],
+        self, state: _State, dice: Mapping[str, float], held_out: Sequence[Sample]
     ) -> None:
         """Add a line to the curve and show it; draw what the network now makes of a sample."""
+        losses = _means(state.recent)
         rate = (time.monotonic() - self.begun) / max(1, state.step - self.first)
         row = {
             'step': state.step,
