@@ -353,6 +353,7 @@ def run(
                 found = score(state.average, held_out)
                 _judge(state, found)
                 log.write(state, found, held_out)
+            if due:
                 state.recent = []
             if (due or late) and together.rank == 0:
                 state.save(checkpoint)
