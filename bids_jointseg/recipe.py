@@ -20,6 +20,8 @@ from bids_jointseg.labels import Protocol, ProtocolError, protocol
 LOGGER = logging.getLogger('bids_jointseg')
 RECIPES = Path(__file__).parent / 'data' / 'recipes'
 SUFFIXES = ('dseg', 'mask')
+PAINTABLE = ('freesurfer', 'neuromorphometrics')
+"""Protocols of which :mod:`bids_jointseg.synth` knows what tissue every label is."""
 
 
 class RecipeError(ValueError):
@@ -333,13 +335,13 @@ def _check(recipe: Recipe) -> None:
         )
     for source in recipe.datasets:
         try:
-            _check_source(source, recipe.modalities)
+            _check_source(source, recipe)
         except ProtocolError as error:
             raise RecipeError(f'{source.name}: {error}') from error
 
 
-def _check_source(source: Source, modalities: tuple[str, ...]) -> None:
-    name = source.name
+def _check_source(source: Source, recipe: Recipe) -> None:
+    name, modalities = source.name, recipe.modalities
     for key in ('modalities', 'painted'):
         foreign = [item for item in getattr(source, key) if item not in modalities]
         if foreign:
@@ -347,6 +349,12 @@ def _check_source(source: Source, modalities: tuple[str, ...]) -> None:
             raise RecipeError(f'{name}: {key} has {", ".join(foreign)}: the model has {known}')
     if source.suffix not in SUFFIXES:
         raise RecipeError(f'{name}: suffix is {source.suffix!r}: choose {" or ".join(SUFFIXES)}')
+    if source.painted and source.annotation and source.protocol not in PAINTABLE:
+        raise RecipeError(
+            f'{name}: scans are painted from the protocols {" and ".join(PAINTABLE)} alone'
+        )
+    if source.painted and recipe.in_plane_mm != 1:
+        raise RecipeError(f'{name}: scans are painted at 1 mm: set in_plane_mm = 1.0')
     both = sorted(set(source.validation) & set(source.test))
     if both:
         raise RecipeError(f'{name}: {", ".join(both)} in validation and in test')
