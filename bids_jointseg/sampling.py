@@ -536,8 +536,10 @@ class Windows(torch.utils.data.Dataset[Sample]):
             )
         points = augment.coordinates(geometry, generator)
         if not person.isotropic:
-            # A bend stays within the slices, too.
-            points[..., 2] = points[..., 2].mean((0, 1)).round()
+            # A bend stays within the slices, too: none is left out, and none is there twice.
+            first = points[:, :, 0, 2].mean().round()
+            step = float(geometry.matrix[2, 2])
+            points[..., 2] = first + step * torch.arange(points.shape[2])
         shown = mask if with_lesions else None
         return self.compose(
             person, plan.cohort, plan.modalities, points, dense, shown, jitter, rng, generator
