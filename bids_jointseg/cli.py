@@ -25,7 +25,7 @@ from bids_jointseg import __version__
 from bids_jointseg.config import ANALYSES, LEVELS, Settings, SettingsError, available_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from bids_jointseg.bids import Scan, Skipped
     from bids_jointseg.card import ModelCard
@@ -307,34 +307,43 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; never raises but for ``--help`` and typing."""
-    from bids_jointseg.bids import BidsError, DataError
-    from bids_jointseg.card import ModelError
+    """Run ``jointseg`` and return its exit code; never raises but for ``--help`` and typing."""
 
-    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
-    LOGGER.setLevel(logging.INFO)
-    try:
+    def run() -> int:
         settings = read_arguments(sys.argv[1:] if argv is None else argv)
         if settings.verbose:
             LOGGER.setLevel(logging.DEBUG)
         check_folders(settings)
         return _group(settings) if settings.analysis_level == 'group' else _participant(settings)
-    except (SettingsError, BidsError, ModelError) as error:
-        return _stop(Exit.USAGE, error)
+
+    return _answer('jointseg', run)
+
+
+def _answer(program: str, run: Callable[[], int]) -> int:
+    """Run one of the commands; answer what is wrong in one line, and by the exit code."""
+    from bids_jointseg.bids import BidsError, DataError
+    from bids_jointseg.card import ModelError
+    from bids_jointseg.labels import ProtocolError
+    from bids_jointseg.recipe import RecipeError
+
+    def stop(code: int, message: object) -> int:
+        sys.stderr.write(f'{program}: {message}\n')
+        return int(code)
+
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
+    LOGGER.setLevel(logging.INFO)
+    try:
+        return int(run())
+    except (SettingsError, BidsError, ModelError, RecipeError, ProtocolError) as error:
+        return stop(Exit.USAGE, error)
     except DataError as error:
-        return _stop(Exit.NO_DATA, error)
+        return stop(Exit.NO_DATA, error)
     except KeyboardInterrupt:
-        sys.stderr.write('jointseg: interrupted; run the same command again to go on\n')
-        return 130
+        return stop(130, 'interrupted; the same command goes on')
     except Exception as error:
-        details = Path(tempfile.gettempdir()) / f'jointseg-{os.getpid()}.txt'
+        details = Path(tempfile.gettempdir()) / f'{program}-{os.getpid()}.txt'
         details.write_text(traceback.format_exc(), encoding='utf-8')
-        return _stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
-
-
-def _stop(code: Exit, message: object) -> int:
-    sys.stderr.write(f'jointseg: {message}\n')
-    return int(code)
+        return stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
 
 
 def _participant(settings: Settings) -> int:
@@ -501,9 +510,6 @@ def _warn_of_validation(settings: Settings) -> None:
 
 def train(argv: Sequence[str] | None = None) -> int:
     """Run ``jointseg-train`` and return its exit code."""
-    from bids_jointseg.card import ModelError
-    from bids_jointseg.recipe import RecipeError
-
     training = _Parser(
         prog='jointseg-train',
         description='Train the joint model from datasets that are each annotated for one task. '
@@ -545,15 +551,16 @@ def train(argv: Sequence[str] | None = None) -> int:
     training.add_argument('-v', '--verbose', action='count', default=0)
     training.add_argument('--version', action='version', version=f'jointseg {__version__}')
     arguments = training.parse_args(argv)
-    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
-    LOGGER.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
-    os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
-    try:
-        from bids_jointseg.workflows.training import Options, run
 
+    def run() -> int:
+        from bids_jointseg.workflows.training import Options
+        from bids_jointseg.workflows.training import run as train_recipe
+
+        if arguments.verbose:
+            LOGGER.setLevel(logging.DEBUG)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         named = '/' in arguments.recipe or arguments.recipe.endswith('.toml')
-        failures = run(
+        failures = train_recipe(
             Options(
                 # Nodes run in folders of their own.
                 recipe=str(_path(arguments.recipe)) if named else arguments.recipe,
@@ -573,16 +580,15 @@ def train(argv: Sequence[str] | None = None) -> int:
                 verbose=arguments.verbose,
             )
         )
-    except (RecipeError, ModelError) as error:
-        return _stop(Exit.USAGE, error)
-    except KeyboardInterrupt:
-        sys.stderr.write('jointseg-train: interrupted; the same command goes on\n')
-        return 130
-    if failures:
+        if not failures:
+            return Exit.DONE
         rows = [(item.scan, item.stage, item.reason) for item in failures]
         sys.stdout.write(_align([('failed', 'at', 'why'), *rows]))
         return Exit.SCANS_FAILED
-    return Exit.DONE
+
+    os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
+    return _answer('jointseg-train', run)
+
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """Run ``jointseg-evaluate`` and return its exit code."""
@@ -683,19 +689,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     if arguments.images is not None and not arguments.images.is_dir():
         parser.error(f'--images {arguments.images}: no such folder')
 
-    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
-    LOGGER.setLevel(logging.INFO)
+    def run() -> int:
+        from bids_jointseg.evaluation import evaluate as compare
 
-    from bids_jointseg.bids import BidsError, DataError
-    from bids_jointseg.evaluation import evaluate as run
-    from bids_jointseg.labels import ProtocolError
-
-    def stop(code: Exit, message: object) -> int:
-        sys.stderr.write(f'jointseg-evaluate: {message}\n')
-        return int(code)
-
-    try:
-        problems = run(
+        problems = compare(
             models,
             arguments.reference,
             arguments.output_dir,
@@ -707,19 +704,10 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
             figures=not arguments.no_figures,
             **entities,
         )
-    except (BidsError, ProtocolError) as error:
-        return stop(Exit.USAGE, error)
-    except DataError as error:
-        return stop(Exit.NO_DATA, error)
-    except KeyboardInterrupt:
-        sys.stderr.write('jointseg-evaluate: interrupted\n')
-        return 130
-    except Exception as error:
-        details = Path(tempfile.gettempdir()) / f'jointseg-{os.getpid()}.txt'
-        details.write_text(traceback.format_exc(), encoding='utf-8')
-        return stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
-    sys.stdout.write((arguments.output_dir / 'table1.md').read_text(encoding='utf-8'))
-    return int(Exit.SCANS_FAILED if problems else Exit.DONE)
+        sys.stdout.write((arguments.output_dir / 'table1.md').read_text(encoding='utf-8'))
+        return Exit.SCANS_FAILED if problems else Exit.DONE
+
+    return _answer('jointseg-evaluate', run)
 
 
 if __name__ == '__main__':

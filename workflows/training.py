@@ -29,13 +29,7 @@ from bids_jointseg.image import load_grid
 from bids_jointseg.interfaces import CacheScan, PaintHead, Score, Train
 from bids_jointseg.recipe import RecipeError, read_recipe
 from bids_jointseg.sampling import cached_files
-from bids_jointseg.workflows import execution
-from bids_jointseg.workflows.participant import (
-    add_preprocessing,
-    add_segmentation,
-    configure,
-    wants_gpu,
-)
+from bids_jointseg.workflows import execution, participant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -46,16 +40,10 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger('bids_jointseg')
 
-STAGES = {
-    'check': 'checked',
-    'register': 'FLAIR aligned with the T1w',
-    'resample': "brought onto the model's grid",
+STAGES = participant.STAGES | {
     'cache': 'cached',
     'paint': 'painted',
     'train': 'trained',
-    'normalise': 'intensities normalised',
-    'segment': 'segmented',
-    'to_native': 'labelled on the native grids',
     'score': 'scored',
 }
 
@@ -221,7 +209,7 @@ def _run(
     """Run one of the workflows; its crash reports go to the logs of the output folder."""
     stages = [name for name in workflow.list_node_names() if name.split('.')[-1] in STAGES]
     logs = options.out_dir / 'log' / f'{workflow.name}_{time.strftime("%Y%m%d-%H%M%S")}'
-    configure(workflow, dict.fromkeys(workflow._get_all_nodes(), logs))
+    participant.configure(workflow, dict.fromkeys(workflow._get_all_nodes(), logs))
     Path(workflow.base_dir).mkdir(parents=True, exist_ok=True)
     return execution.run(
         workflow,
@@ -323,7 +311,7 @@ def init_cache_wf(item: Item, *, recipe: Recipe, folder: Path) -> Workflow:
         workflow.add_nodes([cache])
         return workflow
     low, high = recipe.slice_mm
-    check, resample, register = add_preprocessing(
+    check, resample, register = participant.add_preprocessing(
         workflow,
         found.scan,
         modalities=[name for name in source.modalities if name in recipe.modalities],
@@ -418,7 +406,7 @@ def _train(
                 name=recipe.name,
                 out_dir=str(_fold_folder(options, recipe, fold).absolute()),
                 processes=options.processes,
-                use_gpu=wants_gpu(options.device),
+                use_gpu=participant.wants_gpu(options.device),
             ),
             name='train',
             # It goes on from its own checkpoint: Nipype must not take a stopped run for done.
@@ -550,7 +538,7 @@ def init_score_wf(
         JSON, for :func:`bids_jointseg.evaluation.write_tables`.
     """
     workflow = Workflow(name)
-    stages = add_preprocessing(
+    stages = participant.add_preprocessing(
         workflow,
         scan,
         modalities=card.modalities,
@@ -559,13 +547,13 @@ def init_score_wf(
     )
     check = stages[0]
     _set_scans(check, scan)
-    to_native = add_segmentation(
+    to_native = participant.add_segmentation(
         workflow,
         stages,
         card=card,
         level='minimal',
         device=device,
-        use_gpu=wants_gpu(device),
+        use_gpu=participant.wants_gpu(device),
         omp_nthreads=threads,
     )
     score = Node(
