@@ -304,6 +304,12 @@ def _counts(kinds: NDArray[np.uint8]) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
+def modalities_of(path: Path) -> tuple[str, ...]:
+    """Return the modalities that one file of the cache has scans of."""
+    with np.load(path) as stored:
+        return tuple(key.removeprefix('image_') for key in stored if key.startswith('image_'))
+
+
 def raw_images(path: Path) -> dict[str, NDArray[np.uint8]]:
     """Return modality -> intensities of one file of the cache, to train landmarks on."""
     with np.load(path) as stored:
@@ -554,6 +560,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         available = {*person.images, *painted}
         if cohort.tells_tissue:
             choice = [(names, w) for names, w in s.modalities if available.issuperset(names)]
+            choice = choice or [(tuple(sorted(available)), 1.0)]
             share = np.array([w for _, w in choice])
             names = choice[int(rng.choice(len(choice), p=share / share.sum()))][0]
         else:

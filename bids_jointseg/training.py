@@ -49,6 +49,7 @@ from bids_jointseg.sampling import (
     Sample,
     Windows,
     collate,
+    modalities_of,
     raw_images,
     read_mask,
     read_person,
@@ -777,11 +778,22 @@ def read_data(
         if not subjects:
             continue
         split = recipe.split(source, subjects, fold)
+        own = files.get(source.name, [])
+        if source.stream == 'unlabelled':
+            # One modality alone has none to agree with.
+            several = [(subject, path) for subject, path in own if len(modalities_of(path)) > 1]
+            if len(several) < len(own):
+                LOGGER.warning(
+                    '%s: %d of %d scans left out: without labels, one modality teaches nothing',
+                    source.name, len(own) - len(several), len(own),
+                )  # fmt: skip
+            own = several
+            split = {subject: split[subject] for subject, _ in own}
         for subject, part in split.items():
             names[part].setdefault(source.name, []).append(subject)
             if source.lesion_masks and part in parts:
                 found[part].append(read_mask(masks[source.name][subject]))
-        for subject, path in files.get(source.name, ()):
+        for subject, path in own:
             if split[subject] in parts:
                 chosen[split[subject]].setdefault(source.name, []).append(path)
     landmarks = None

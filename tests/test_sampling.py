@@ -349,6 +349,13 @@ def test_neighbours_in_a_batch_share_their_plan(people):
     assert len({shape for _, shape in plans}) == 2
 
 
+def test_people_without_any_of_the_wanted_sets_show_what_they_have(people):
+    single = read_person_of(people[0], 'T1w')
+    both = replace(BENT, modalities=((('T1w', 'FLAIR'), 1.0),))
+    assert windows(single, settings=both)[0].images.keys() == {'T1w'}
+    assert windows(people[0], settings=both)[0].images.keys() == {'T1w', 'FLAIR'}
+
+
 def read_person_of(person: Person, modality: str) -> Person:
     """Return a person of whom one modality alone was scanned."""
     return replace(
