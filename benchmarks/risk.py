@@ -1,6 +1,6 @@
 """What the terms of the risk bring, on data of which both tissue and lesions are known.
 
-    python benchmarks/risk.py agreement DATA OUT [--seeds 3]
+    python benchmarks/risk.py agreement DATA OUT [--seeds 3] [--arms 4]
     python benchmarks/risk.py table1 DATA OUT
 
 Both train small models with `jointseg-train` on painted patients (:mod:`patients`), whose tissue
@@ -80,9 +80,9 @@ window = [96, 112, 48]
 name = 'unet'
 channels = [16, 32, 64, 128]
 [training]
-steps = 700
-validate_every = 100
-consistency_from = 200
+steps = 1200
+validate_every = 200
+consistency_from = 300
 consistency_every = 1
 average = 0.99
 [samples]
@@ -160,14 +160,15 @@ def mean_dice(rows: list[dict[str, str]], inputs: str, regions: Sequence[str]) -
     return float(np.mean(means))
 
 
-def agreement(data: Path, out: Path, seeds: int) -> None:
-    """Compare the arms and write a table."""
+def agreement(data: Path, out: Path, seeds: int, arms: int) -> None:
+    """Compare the first arms and write a table."""
+    chosen = dict(list(ARMS.items())[:arms])
     made = out / 'data'
     paint(data, made / 'controls', GROUPS['patients-1'][0], [], ['T1w'], 100)
     for number, name in enumerate(('patients-2', 'patients-3'), start=2):
         paint(data, made / name, *GROUPS[name], PAINTED, 100 * number)
     scores: dict[str, list[list[dict[str, str]]]] = {}
-    for arm, changes in ARMS.items():
+    for arm, changes in chosen.items():
         for seed in range(seeds):
             more = ''.join(f'{k} = {json.dumps(v)}\n' for k, v in changes.items())
             settings = AGREEMENT
@@ -181,7 +182,7 @@ def agreement(data: Path, out: Path, seeds: int) -> None:
             recipe += dataset(made / 'patients-3', test=True)
             path = train(f'{arm} {seed}', recipe, out, out / 'work')
             scores.setdefault(arm, []).append(read_scores(path))
-    lines = ['| | | ' + ' | '.join(ARMS) + ' |', '|---|---|' + '---:|' * len(ARMS)]
+    lines = ['| | | ' + ' | '.join(chosen) + ' |', '|---|---|' + '---:|' * arms]
     table = {}
     for regions, title in ((TISSUES, 'mean of six tissues'), (('L',), 'lesions')):
         for inputs in INPUTS:
@@ -240,10 +241,11 @@ def main() -> None:
     options.add_argument('data', type=Path)
     options.add_argument('out', type=Path)
     options.add_argument('--seeds', type=int, default=3)
+    options.add_argument('--arms', type=int, default=len(ARMS), help='the first so many')
     arguments = options.parse_args()
     data, out = arguments.data.absolute(), arguments.out.absolute()
     if arguments.what == 'agreement':
-        agreement(data, out, arguments.seeds)
+        agreement(data, out, arguments.seeds, arguments.arms)
     else:
         table1(data, out)
 
