@@ -8,8 +8,8 @@ real lesion patient; the last two as T1w and FLAIR, T1w alone and FLAIR alone. P
 writes OUT/accuracy.json, and all measures into OUT/tables.
 
 One version paints the same pictures for every model. Between versions the heads and masks stay
-those of the same people, but the pictures change with how they are painted: 0.1.0 drew no vessels
-and no limited fields of view. Compare painted heads within a version only.
+those of the same people, but the pictures change with how they are painted (0.1.0 drew no
+vessels): compare painted heads within a version only.
 """
 
 from __future__ import annotations
