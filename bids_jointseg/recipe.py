@@ -269,6 +269,9 @@ def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
         raise RecipeError(f'{file}: a single [datasets]: write each dataset as [[datasets]]')
     try:
         sources = tuple(_source(tuples(entry), file.parent) for entry in entries)
+        init = str(record.get('training', {}).get('init', ''))
+        if init.endswith(('.json', '.safetensors')):  # beside the recipe
+            record['training']['init'] = str(file.parent.absolute() / init)
         recipe = _build(Recipe, 'a recipe', {**tuples(record), 'datasets': sources})
         _check(recipe)
     except ValueError as error:

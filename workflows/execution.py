@@ -34,6 +34,9 @@ KILLED = (
     'a smaller --nprocs, or --fast'
 )
 
+INTERRUPTED = 'interrupted'
+"""The reason of what Ctrl-C ended: Nipype makes a crash of it."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -260,7 +263,9 @@ def read_crash(path: Path, scans: Mapping[str, str]) -> Failure:
     kind, message = found[-1] if found else ('', 'see the details')
     if KILLED in text:
         reason = KILLED
-    elif kind in ('ImageError', 'ModelError', 'BidsError', ''):
+    elif 'KeyboardInterrupt' in text:
+        reason = INTERRUPTED
+    elif kind in ('ImageError', 'ModelError', 'BidsError', 'RecipeError', 'ProtocolError', ''):
         reason = message
     else:
         reason = f'{kind}: {message}'

@@ -132,9 +132,10 @@ def run(options: Options) -> list[execution.Failure]:
     failures += untrained
     rows: list[dict[str, Any]] = []
     for fold in folds:
-        if f'fold {fold}' in {failure.scan for failure in untrained}:
+        path = _fold_folder(options, recipe, fold) / f'{recipe.name}.json'
+        if f'fold {fold}' in {failure.scan for failure in untrained} or not path.is_file():
             continue
-        card = read_card(_fold_folder(options, recipe, fold) / f'{recipe.name}.json')
+        card = read_card(path)
         if not card.training['finished']:
             LOGGER.info(
                 '%s: stopped at step %d; the same command goes on', card.path,
@@ -196,11 +197,12 @@ def _data_folder(options: Options) -> Path:
 
 
 def _work(options: Options) -> Path:
-    return options.work_dir or options.out_dir / 'work'
+    return (options.work_dir or options.out_dir / 'work').absolute()
 
 
 def _fold_folder(options: Options, recipe: Recipe, fold: int) -> Path:
-    return options.out_dir if recipe.folds == 1 else options.out_dir / f'fold-{fold}'
+    folder = options.out_dir.absolute()
+    return folder if recipe.folds == 1 else folder / f'fold-{fold}'
 
 
 def _run(
@@ -380,11 +382,11 @@ def _train(
     masks: Mapping[str, Mapping[str, Path]],
     folds: Sequence[int],
 ) -> list[execution.Failure]:
-    workflow = Workflow('train', base_dir=str(_work(options)))
     folder = _work(options) / 'scans'
     files = [
         path for item in items for path in cached_files(folder, item.source.name, item.found.name)
     ]
+    failures = []
     for fold in folds:
         job = {
             'recipe': options.recipe,
@@ -400,11 +402,12 @@ def _train(
             'workers': options.workers,
             'seconds': options.seconds,
         }
+        out_dir = _fold_folder(options, recipe, fold)
         node = Node(
             Train(
                 job=job,
                 name=recipe.name,
-                out_dir=str(_fold_folder(options, recipe, fold).absolute()),
+                out_dir=str(out_dir),
                 processes=options.processes,
                 use_gpu=participant.wants_gpu(options.device),
             ),
@@ -414,9 +417,16 @@ def _train(
         )
         part = Workflow(f'fold_{fold}')
         part.add_nodes([node])
+        workflow = Workflow('train', base_dir=str(_work(options)))
         workflow.add_nodes([part])
-    # In this process, for the sake of its progress bar and of Ctrl-C.
-    return _run(options, workflow, {f'fold_{fold}': f'fold {fold}' for fold in folds}, 'Linear')
+        # In this process, for the sake of its progress bar and of Ctrl-C.
+        failed = _run(options, workflow, {part.name: f'fold {fold}'}, 'Linear')
+        if any(failure.reason == execution.INTERRUPTED for failure in failed):
+            raise KeyboardInterrupt
+        failures += failed
+        if not failed and not read_card(out_dir / f'{recipe.name}.json').training['finished']:
+            break  # it was told to stop
+    return failures
 
 
 # --- score --------------------------------------------------------------------------------------
