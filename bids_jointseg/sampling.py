@@ -839,8 +839,9 @@ def paint_head(
     Returns
     -------
     tuple[dict[str, NDArray], NDArray[np.uint8], Grid]
-        Modality -> image in units of white matter `(X, Y, Z)`; what is painted, in the numbers
-        of the protocol `jointseg`, 255 where nothing is known; their grid.
+        Modality -> image `(X, Y, Z)`, 0 where it is darkest, in standard deviations of the head;
+        what is painted, in the numbers of the protocol `jointseg`, 255 where nothing is known;
+        their grid.
     """
     grid, kinds = painted_grid(labels, protocol)
     known = PROTOCOLS[protocol]
