@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bids_jointseg import inference, training
-from bids_jointseg.card import ModelCard
+from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.image import Grid
 from bids_jointseg.inference import probabilities
 from bids_jointseg.labels import ALL, CLASSES, PROTOCOLS, bits
@@ -179,23 +179,25 @@ def launch(function: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, '-c', f'{code}({given})'])
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
+def wait_for(folder: Path, looks: int, process: subprocess.Popen) -> None:
+    """Wait until a curve has some lines."""
+    end = time.monotonic() + 120
+    path = folder / 'curve.csv'
+    while not path.exists() or len(path.read_text().splitlines()) <= looks:
         assert process.poll() is None, 'it ended by itself'
         assert time.monotonic() < end, 'nothing happens'
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 def test_kill_9_at_any_moment_leaves_no_trace(tmp_path):
     settings = replace(SMALL, steps=60)
     expected = train(tmp_path / 'whole', settings)
     process = launch('slow_training', tmp_path / 'killed')
-    wait_for(tmp_path / 'killed' / 'checkpoint.pt', process)
-    moment = np.random.default_rng().uniform(0, 0.8)
-    time.sleep(moment)
+    rng = np.random.default_rng()
+    wait_for(tmp_path / 'killed', int(rng.integers(2, 20)), process)
+    time.sleep(rng.uniform(0, 0.05))
     process.kill()
-    assert process.wait() == -signal.SIGKILL, f'it was too fast for {moment:.3f} s'
+    assert process.wait() == -signal.SIGKILL
     before = checkpoint(tmp_path / 'killed')['step']
     assert 0 < before < 60
     found = train(tmp_path / 'killed', settings)
@@ -608,6 +610,40 @@ def test_a_recipe_is_trained_from_its_cache(tmp_path, caplog):
     net = load_model(card)
     image = {'T1w': torch.zeros(1, 1, 8, 8, 4)}
     assert probabilities(net, image).shape == (1, len(CLASSES), 8, 8, 4)
+
+
+RECIPE = """
+name = 'x'
+version = '0'
+licence = ''
+architecture = {name = 'unet', channels = [2, 4]}
+training = {steps = 4, validate_every = 2, consistency_from = 0}
+samples = {window = [8, 8, 4], augment = false}
+[[datasets]]
+name = 'a'
+modalities = ['T1w', 'FLAIR']
+annotation = '.'
+protocol = 'jointseg'
+validation = ['02']
+"""
+
+
+def test_the_node_starts_several_processes(tmp_path):
+    from bids_jointseg.interfaces import Train
+
+    (tmp_path / 'x.toml').write_text(RECIPE)
+    files = [cache(tmp_path, PEOPLE, name, 100, 'T1w', 'FLAIR') for name in ('01', '02', '03')]
+    job = {
+        'recipe': str(tmp_path / 'x.toml'), 'smoke': False, 'fold': 0,
+        'cache': [str(path) for path in files], 'masks': {}, 'device': 'cpu', 'threads': 1,
+        'workers': 0, 'seconds': float('inf'),
+    }  # fmt: skip
+    node = Train(job=job, name='x', out_dir=str(tmp_path / 'out'), processes=2)
+    card = read_card(node.run(cwd=str(tmp_path)).outputs.card)
+    assert card.training['finished']
+    assert card.training['steps'] == 4
+    assert len(curve(tmp_path / 'out')) == 2
+    load_model(card)
 
 
 def test_a_recipe_without_annotated_training_people_is_refused(tmp_path):
