@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bids_jointseg.cache import read_mask
 from bids_jointseg.image import load_labels, save
-from bids_jointseg.sampling import paint_head, read_mask
+from bids_jointseg.sampling import paint_head
 
 
 def paint(

@@ -610,27 +610,27 @@ class _CacheInput(BaseInterfaceInputSpec):
 
 
 class _CacheOutput(TraitedSpec):
-    files = OutputMultiObject(traits.Str(), desc='for bids_jointseg.sampling.read_person')
+    files = OutputMultiObject(traits.Str(), desc='for bids_jointseg.cache.read_person')
 
 
 class CacheScan(SimpleInterface):
-    """Cache one scan for training, each pass by itself (:func:`.sampling.write_person`)."""
+    """Cache one scan for training, each pass by itself (:func:`.cache.write_person`)."""
 
     input_spec = _CacheInput
     output_spec = _CacheOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg import sampling
+        from bids_jointseg import cache
 
         inputs = self.inputs
         folder = Path(inputs.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for old in sampling.cached_files(folder, inputs.dataset, inputs.name):
+        for old in cache.cached_files(folder, inputs.dataset, inputs.name):
             old.unlink()
         written = []
         for reference, grid, arrays in self._passes():
-            path = sampling.cached_file(folder, inputs.dataset, inputs.name, reference)
-            sampling.write_person(
+            path = cache.cached_file(folder, inputs.dataset, inputs.name, reference)
+            cache.write_person(
                 path,
                 dataset=inputs.dataset,
                 subject=inputs.subject,
@@ -644,7 +644,7 @@ class CacheScan(SimpleInterface):
 
     def _passes(self) -> Iterator[tuple[str, Grid, dict[str, Any]]]:
         """Yield the reference, the grid and the arrays of each pass."""
-        from bids_jointseg import sampling
+        from bids_jointseg import cache
         from bids_jointseg.labels import protocol
 
         inputs = self.inputs
@@ -653,8 +653,8 @@ class CacheScan(SimpleInterface):
         if annotated:
             labels, said = image.load_labels(inputs.annotation), protocol(inputs.protocol)
         if not isdefined(inputs.passes):
-            grid, kinds = sampling.painted_grid(labels, inputs.protocol)
-            sets = sampling.sets_on(grid, labels, said)
+            grid, kinds = cache.painted_grid(labels, inputs.protocol)
+            sets = cache.sets_on(grid, labels, said)
             yield 'painted', grid, {'images': {}, 'sets': sets, 'kinds': kinds}
             return
         for path in inputs.passes:
@@ -665,9 +665,9 @@ class CacheScan(SimpleInterface):
             if annotated:
                 space = annotated_space(inputs.annotation, labels, volumes)
                 matrix = between[Path(path).stem, space]
-                arrays['sets'] = sampling.sets_on(grid, labels, said, matrix)
+                arrays['sets'] = cache.sets_on(grid, labels, said, matrix)
                 if inputs.painted:
-                    arrays['kinds'] = sampling.kinds_on(grid, labels, inputs.protocol, matrix)
+                    arrays['kinds'] = cache.kinds_on(grid, labels, inputs.protocol, matrix)
             yield Path(path).stem, grid, arrays
 
 
@@ -710,7 +710,8 @@ class PaintHead(SimpleInterface):
     output_spec = _PaintOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.sampling import paint_head, read_mask
+        from bids_jointseg.cache import read_mask
+        from bids_jointseg.sampling import paint_head
 
         inputs = self.inputs
         images, labels, grid = paint_head(

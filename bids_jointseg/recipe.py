@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -154,27 +154,28 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
 
-    def split(self, source: Source, subjects: Iterable[str], fold: int = 0) -> dict[str, str]:
-        """Say what each person of a dataset is used for, whatever the number of their scans.
+    def split(
+        self, people: Mapping[str, Iterable[str]], fold: int = 0
+    ) -> dict[str, dict[str, str]]:
+        """Say what each person is used for, whatever the number of their scans.
 
-        Where the dataset lists people, these are used so in all folds, and the others are in
-        training. Otherwise they are shuffled, the same way for the same folder, and the parts
+        Datasets of one `root` show the same people. Where one of these lists people, they are
+        used so in all folds, and the others are in training; so are all where nothing is
+        annotated. Otherwise people are shuffled, the same way for the same folder, and the parts
         move on from fold to fold, so that the test people of two folds differ wherever
         ``folds * fractions[2] <= 1``.
 
         Parameters
         ----------
-        source
-            Of this recipe.
-        subjects
-            Labels without ``sub-``, in any order.
+        people
+            Dataset -> labels without ``sub-``, in any order.
         fold
             From 0.
 
         Returns
         -------
-        dict[str, str]
-            Subject, in the order of their labels -> `train`, `validation` or `test`.
+        dict[str, dict[str, str]]
+            Dataset -> subject, in the order of their labels -> `train`, `validation` or `test`.
 
         Raises
         ------
@@ -183,39 +184,53 @@ class Recipe:
         """
         if not 0 <= fold < self.folds:
             raise ValueError(f'no fold {fold} of {self.folds}')
-        people = sorted(set(subjects))
-        listed = {'test': source.test, 'validation': source.validation}
-        if any(listed.values()):
-            unknown = sorted({*source.test, *source.validation} - {*people, '*'})
+        found = {}
+        for root in dict.fromkeys(source.root for source in self.datasets):
+            sources = [s for s in self.datasets if s.root == root and s.name in people]
+            together = sorted({person for s in sources for person in people[s.name]})
+            parts = self._split_root(sources, together, fold) if sources else {}
+            for source in sources:
+                found[source.name] = {
+                    person: parts[person] for person in sorted(set(people[source.name]))
+                }
+        return found
+
+    def _split_root(self, sources: list[Source], people: list[str], fold: int) -> dict[str, str]:
+        """Split the people of the datasets in one folder."""
+        listed = {
+            'test': {person for source in sources for person in source.test},
+            'validation': {person for source in sources for person in source.validation},
+        }
+        if any(listed.values()) or all(source.stream == 'unlabelled' for source in sources):
+            unknown = sorted((listed['test'] | listed['validation']) - {*people, '*'})
             if unknown:
                 LOGGER.warning(
                     '%s: the recipe lists %s for validation or test: not in the dataset',
-                    source.name, ', '.join(unknown),
+                    sources[0].root, ', '.join(unknown),
                 )  # fmt: skip
             return {
                 person: next(
-                    (part for part, labels in listed.items() if {person, '*'} & set(labels)),
-                    'train',
+                    (part for part, labels in listed.items() if {person, '*'} & labels), 'train'
                 )
                 for person in people
             }
         # A hash rather than a random generator: one more person moves few of the others.
-        key = f'{self.split_seed}/{source.root}/'
-        people.sort(key=lambda person: sha256(f'{key}{person}'.encode()).digest())
+        key = f'{self.split_seed}/{sources[0].root}/'
+        shuffled = sorted(people, key=lambda person: sha256(f'{key}{person}'.encode()).digest())
         sizes = [
             max(1, round(fraction * len(people))) if fraction else 0
             for fraction in self.fractions[:0:-1]
         ]
         if sum(sizes) > len(people) or (self.fractions[0] and sum(sizes) == len(people)):
             raise RecipeError(
-                f'{source.name}: {len(people)} people are too few for training, validation and '
-                'test: list people under `validation` and `test` of the dataset'
+                f'{sources[0].name}: {len(people)} people are too few for training, validation '
+                'and test: list people under `validation` and `test` of the dataset'
             )
         first = len(people) * fold // self.folds
-        people = people[first:] + people[:first]
+        shuffled = shuffled[first:] + shuffled[:first]
         parts = ['test'] * sizes[0] + ['validation'] * sizes[1]
         parts += ['train'] * (len(people) - len(parts))
-        return dict(sorted(zip(people, parts, strict=True)))
+        return dict(zip(shuffled, parts, strict=True))
 
 
 def tuples(value: Any) -> Any:

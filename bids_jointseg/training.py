@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from bids_jointseg.cache import modalities_of, raw_images, read_mask, read_person
 from bids_jointseg.card import MODALITIES, ModelCard, read_card
 from bids_jointseg.image import train_landmarks
 from bids_jointseg.inference import choose_device, fast_type, probabilities
@@ -44,18 +45,7 @@ from bids_jointseg.labels import CLASSES, TISSUES
 from bids_jointseg.losses import OVERLAPS, Total, alone, consistency_risk, supervised_risk
 from bids_jointseg.network import build, load_model, save_model
 from bids_jointseg.recipe import Recipe, RecipeError, read_recipe, tuples
-from bids_jointseg.sampling import (
-    Cohort,
-    Sample,
-    Windows,
-    collate,
-    modalities_of,
-    raw_images,
-    read_mask,
-    read_person,
-    subsets,
-    tells_tissue,
-)
+from bids_jointseg.sampling import Cohort, Sample, Windows, collate, subsets, tells_tissue
 from bids_jointseg.sampling import Settings as SampleSettings
 
 LOGGER = logging.getLogger('bids_jointseg')
@@ -551,10 +541,10 @@ def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
 def score(network: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
     """Return the Dice of each class over all held-out windows together, in per cent.
 
-    Only the classes that an annotation tells, where it tells them.
+    Only of the classes that are annotated somewhere, where the annotation tells them.
     """
     network.eval()
-    both, sizes = np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
+    both, sizes, true = (np.zeros(len(CLASSES)) for _ in range(3))
     device = str(next(network.parameters()).device)
     for sample in samples:
         batch = _to(collate([sample]), device)
@@ -568,9 +558,12 @@ def score(network: nn.Module, samples: Sequence[Sample]) -> dict[str, float]:
             a, b = (found == channel) & known, (batch.target[:, index] > 0.5) & known
             both[channel] += float((a & b).sum())
             sizes[channel] += float(a.sum() + b.sum())
-    told = [name for name, size in zip(CLASSES, sizes, strict=True) if size]
-    dice = 200 * both / np.maximum(sizes, 1)
-    return {name: round(float(dice[CLASSES.index(name)]), 2) for name in told}
+            true[channel] += float(b.sum())
+    return {
+        name: round(float(200 * both[channel] / sizes[channel]), 2)
+        for channel, name in enumerate(CLASSES)
+        if true[channel]
+    }
 
 
 def _means(recent: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -755,7 +748,7 @@ def read_data(
     recipe
         Whose split it is.
     cache
-        Files of :func:`bids_jointseg.sampling.write_person`.
+        Files of :func:`bids_jointseg.cache.write_person`.
     masks
         Dataset -> subject -> lesion mask in MNI152 space.
     fold
@@ -765,37 +758,32 @@ def read_data(
     for path in sorted(cache):
         with np.load(path) as stored:
             files.setdefault(str(stored['dataset']), []).append((str(stored['subject']), path))
+    people = {name: [subject for subject, _ in found] for name, found in files.items()}
+    split = recipe.split(people | {name: list(found) for name, found in masks.items()}, fold)
+    for source in recipe.datasets:
+        if source.stream == 'unlabelled' and source.name in files:
+            # One modality alone has none to agree with.
+            several = [f for f in files[source.name] if len(modalities_of(f[1])) > 1]
+            if len(several) < len(files[source.name]):
+                LOGGER.warning(
+                    '%s: %d of %d scans left out: without labels, one modality teaches nothing',
+                    source.name, len(files[source.name]) - len(several), len(files[source.name]),
+                )  # fmt: skip
+            files[source.name] = several
+            kept = {subject for subject, _ in several}
+            split[source.name] = {s: p for s, p in split[source.name].items() if s in kept}
     parts = ('train', 'validation')
     chosen: dict[str, dict[str, list[Path]]] = {part: {} for part in parts}
     names: dict[str, dict[str, list[str]]] = {part: {} for part in (*parts, 'test')}
-    found: dict[str, list[Tensor]] = {part: [] for part in parts}
-    for source in recipe.datasets:
-        subjects = (
-            list(masks.get(source.name, ()))
-            if source.lesion_masks
-            else [subject for subject, _ in files.get(source.name, ())]
-        )
-        if not subjects:
-            continue
-        split = recipe.split(source, subjects, fold)
-        own = files.get(source.name, [])
-        if source.stream == 'unlabelled':
-            # One modality alone has none to agree with.
-            several = [(subject, path) for subject, path in own if len(modalities_of(path)) > 1]
-            if len(several) < len(own):
-                LOGGER.warning(
-                    '%s: %d of %d scans left out: without labels, one modality teaches nothing',
-                    source.name, len(own) - len(several), len(own),
-                )  # fmt: skip
-            own = several
-            split = {subject: split[subject] for subject, _ in own}
-        for subject, part in split.items():
-            names[part].setdefault(source.name, []).append(subject)
-            if source.lesion_masks and part in parts:
-                found[part].append(read_mask(masks[source.name][subject]))
-        for subject, path in own:
-            if split[subject] in parts:
-                chosen[split[subject]].setdefault(source.name, []).append(path)
+    drawn: dict[str, list[Tensor]] = {part: [] for part in parts}
+    for name, of_subject in split.items():
+        for subject, part in of_subject.items():
+            names[part].setdefault(name, []).append(subject)
+            if name in masks and part in parts:
+                drawn[part].append(read_mask(masks[name][subject]))
+        for subject, path in files.get(name, ()):
+            if of_subject[subject] in parts:
+                chosen[of_subject[subject]].setdefault(name, []).append(path)
     landmarks = None
     if recipe.landmarks:
         scans: dict[str, list[Any]] = {}
@@ -818,7 +806,7 @@ def read_data(
         ]
         for part in parts
     }
-    return Data(cohorts, found, landmarks, names)
+    return Data(cohorts, drawn, landmarks, names)
 
 
 def train_recipe(

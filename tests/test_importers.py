@@ -245,8 +245,10 @@ def test_mrbrains18_only_evaluates_the_joint_model():
     assert held_out == {'mrbrains18': ('*',)}
     source = recipe.datasets[-1]
     for fold in range(4):
-        assert set(recipe.split(source, ['1', '4', '070'], fold).values()) == {'test'}
+        parts = recipe.split({source.name: ['1', '4', '070']}, fold)[source.name]
+        assert set(parts.values()) == {'test'}
     # seven people still have every part in the fully supervised model
     recipe = read_recipe('paper-m')
-    parts = recipe.split(recipe.datasets[0], ['1', '4', '5', '7', '14', '070', '148'], 3)
+    people = {'mrbrains18': ['1', '4', '5', '7', '14', '070', '148']}
+    parts = recipe.split(people, 3)['mrbrains18']
     assert sorted(parts.values()) == ['test', *['train'] * 5, 'validation']

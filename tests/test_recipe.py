@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f'{HEAD}{SOURCE}', 'neither modalities nor annotation'),
         (f"{HEAD}{SOURCE}painted = ['T1w']", 'without annotation there is nothing to paint'),
         (f"{HEAD}{SOURCE}annotation = '.'", 'give both annotation.*and protocol'),
+        (
+            f"{HEAD}{SOURCE}annotation = '.'\nprotocol = 'gif'\npainted = ['T1w']",
+            'painted from the protocols freesurfer and neuromorphometrics alone',
+        ),
+        (
+            f"in_plane_mm = 2.0\n{HEAD}{SOURCE}annotation = '.'\nprotocol = 'freesurfer'\n"
+            "painted = ['T1w']",
+            'painted at 1 mm',
+        ),
         (f"{HEAD}{TISSUE}suffix = 'T1w'", "suffix is 'T1w': choose dseg or mask"),
         (f"{HEAD}{TISSUE}test = ['1']\nvalidation = ['sub-1']", '1 in validation and in test'),
         (f"{HEAD}{TISSUE}tells = ['GM']", "a: no such class: 'GM'"),
@@ -131,53 +141,77 @@ def test_a_missing_recipe_or_trial_is_named(tmp_path):
 PEOPLE = [f'{number:02}' for number in range(20)]
 
 
-def recipe_of(source: Source, **settings: object) -> Recipe:
-    return Recipe('x', '0', 'CC0-1.0', {}, (source,), **settings)  # type: ignore[arg-type]
+def recipe_of(*sources: Source, **settings: object) -> Recipe:
+    return Recipe('x', '0', 'CC0-1.0', {}, sources, **settings)  # type: ignore[arg-type]
+
+
+def annotated(name: str, **settings: object) -> Source:
+    return Source(name, annotation='.', protocol='neuromorphometrics', **settings)  # type: ignore[arg-type]
+
+
+def split(recipe: Recipe, people: Iterable[str], fold: int = 0) -> dict[str, str]:
+    """Return the parts of the only dataset's people."""
+    (source,) = recipe.datasets
+    return recipe.split({source.name: people}, fold)[source.name]
 
 
 def test_people_are_split_by_lot_and_the_parts_move_on_from_fold_to_fold():
-    source = Source('a', modalities=('T1w',))
-    recipe = recipe_of(source, folds=4)
-    folds = [recipe.split(source, PEOPLE, fold) for fold in range(4)]
+    recipe = recipe_of(annotated('a'), folds=4)
+    folds = [split(recipe, PEOPLE, fold) for fold in range(4)]
     for parts in folds:
         values = list(parts.values())
         assert [values.count(part) for part in ('train', 'validation', 'test')] == [14, 2, 4]
         assert list(parts) == PEOPLE
     tested = [person for parts in folds for person, part in parts.items() if part == 'test']
     assert len(tested) == len(set(tested)) == 16
-    assert recipe.split(source, PEOPLE[::-1] + PEOPLE, 2) == folds[2]
-    assert recipe_of(source, folds=4, split_seed=1).split(source, PEOPLE, 0) != folds[0]
-    # the same folder declared twice holds the same people
-    twin = Source('b', root='a', modalities=('FLAIR',))
-    assert recipe.split(twin, PEOPLE, 1) == folds[1]
-    assert recipe.split(Source('c', modalities=('T1w',)), PEOPLE, 1) != folds[1]
+    assert split(recipe, PEOPLE[::-1] + PEOPLE, 2) == folds[2]
+    assert split(recipe_of(annotated('a'), folds=4, split_seed=1), PEOPLE) != folds[0]
+    assert split(recipe_of(annotated('c'), folds=4), PEOPLE, 1) != folds[1]
+
+
+def test_datasets_of_one_folder_show_the_same_people():
+    recipe = recipe_of(annotated('a'), annotated('b', root='a'), folds=4)
+    for fold in range(4):
+        found = recipe.split({'a': PEOPLE[:10], 'b': PEOPLE[4:16]}, fold)
+        assert {name: list(parts) for name, parts in found.items()} == {
+            'a': PEOPLE[:10], 'b': PEOPLE[4:16],
+        }  # fmt: skip
+        for person in PEOPLE[4:10]:
+            assert found['a'][person] == found['b'][person]
+    # a list of one of them is one of all
+    recipe = recipe_of(annotated('a', test=('05',)), annotated('b', root='a'))
+    assert recipe.split({'a': PEOPLE[:6], 'b': PEOPLE[5:7]})['b'] == {'05': 'test', '06': 'train'}
+
+
+def test_all_people_without_labels_are_in_training():
+    recipe = recipe_of(Source('a', modalities=('T1w', 'FLAIR')))
+    assert split(recipe, PEOPLE[:2]) == {'00': 'train', '01': 'train'}
 
 
 def test_small_datasets_have_every_part():
-    source = Source('a', modalities=('T1w',))
-    recipe = recipe_of(source, folds=4)
+    recipe = recipe_of(annotated('a'), folds=4)
     for count in (3, 7):
-        assert set(recipe.split(source, PEOPLE[:count], 3).values()) == {
+        assert set(split(recipe, PEOPLE[:count], 3).values()) == {
             'train', 'validation', 'test',
         }  # fmt: skip
     with pytest.raises(RecipeError, match=r'a: 2 people are too few .* list people under'):
-        recipe.split(source, PEOPLE[:2])
-    alone = recipe_of(source, fractions=(1.0, 0.0, 0.0))
-    assert alone.split(source, PEOPLE[:1]) == {'00': 'train'}
+        split(recipe, PEOPLE[:2])
+    alone = recipe_of(annotated('a'), fractions=(1.0, 0.0, 0.0))
+    assert split(alone, PEOPLE[:1]) == {'00': 'train'}
 
 
 def test_lists_win_in_all_folds(caplog):
-    source = Source('a', modalities=('T1w',), validation=('03',), test=('sub-01', '99'))
+    source = annotated('a', validation=('03',), test=('sub-01', '99'))
     recipe = recipe_of(source, folds=4)
     with caplog.at_level(logging.WARNING):
-        folds = [recipe.split(source, PEOPLE[:5], fold) for fold in range(4)]
+        folds = [split(recipe, PEOPLE[:5], fold) for fold in range(4)]
     assert folds[0] == {
         '00': 'train', '01': 'test', '02': 'train', '03': 'validation', '04': 'train',
     }  # fmt: skip
     assert all(parts == folds[0] for parts in folds)
     assert '99' in caplog.text
-    everybody = Source('b', modalities=('T1w',), test=('*',))
-    assert set(recipe.split(everybody, PEOPLE).values()) == {'test'}
+    everybody = recipe_of(annotated('b', test=('*',)))
+    assert set(split(everybody, PEOPLE).values()) == {'test'}
 
 
 def make(root: Path, *names: str) -> Path:

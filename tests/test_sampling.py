@@ -11,30 +11,32 @@ import pytest
 import torch
 
 from bids_jointseg import synth
+from bids_jointseg.cache import (
+    MNI_SHAPE,
+    NOTHING,
+    Person,
+    cached_file,
+    cached_files,
+    painted_grid,
+    raw_images,
+    read_mask,
+    read_person,
+    sets_on,
+    write_person,
+)
 from bids_jointseg.image import Grid, Volume, normalise
 from bids_jointseg.labels import ALL, CLASSES, INDICES, PROTOCOLS, bits
 from bids_jointseg.recipe import Source
 from bids_jointseg.sampling import (
     BACKGROUND,
     LESION,
-    MNI_SHAPE,
-    NOTHING,
     Cohort,
-    Person,
     Sample,
     Settings,
     Windows,
-    cached_file,
-    cached_files,
     paint_head,
-    painted_grid,
-    raw_images,
-    read_mask,
-    read_person,
-    sets_on,
     shares,
     subsets,
-    write_person,
 )
 from bids_jointseg.training import ALONE, _stream
 from bids_jointseg.training import Settings as TrainingSettings

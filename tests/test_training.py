@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bids_jointseg import inference, training
+from bids_jointseg.cache import write_person
 from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.image import Grid
 from bids_jointseg.inference import probabilities
@@ -25,7 +26,7 @@ from bids_jointseg.labels import ALL, CLASSES, PROTOCOLS, bits
 from bids_jointseg.losses import alone, grouped
 from bids_jointseg.network import build, load_model, save_model
 from bids_jointseg.recipe import RECIPES, Recipe, RecipeError, Source, read_recipe, tuples
-from bids_jointseg.sampling import Sample, collate, write_person
+from bids_jointseg.sampling import Sample, collate
 from bids_jointseg.sampling import Settings as SampleSettings
 from bids_jointseg.training import Processes, Settings, Trained, run
 

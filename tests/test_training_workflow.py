@@ -15,9 +15,9 @@ import pytest
 from conftest import describe_dataset, put
 
 from bids_jointseg import cli
+from bids_jointseg.cache import read_person
 from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.labels import ALL, bits
-from bids_jointseg.sampling import read_person
 
 RECIPE = """
 name = 'tiny'

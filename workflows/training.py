@@ -1,8 +1,9 @@
 """From annotated BIDS datasets to a model and what it reaches.
 
-Three workflows, one after the other, each of which goes on where it stopped:
+Four workflows, one after the other, each of which goes on where it stopped:
 
     cache   check - (register) - resample - cache        every scan, as for inference
+    paint   one node per test person who has no scans
     train   one node per fold, which resumes from its own checkpoint
     score   check - ... - segment - to_native - score    every test person of every fold
 
@@ -23,20 +24,22 @@ import numpy as np
 from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg.bids import Scan, annotated_scans
+from bids_jointseg.cache import cached_files
 from bids_jointseg.card import read_card
 from bids_jointseg.evaluation import write_tables
 from bids_jointseg.image import load_grid
 from bids_jointseg.interfaces import CacheScan, PaintHead, Score, Train
 from bids_jointseg.recipe import RecipeError, read_recipe
-from bids_jointseg.sampling import cached_files
 from bids_jointseg.workflows import execution, participant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from bids_jointseg.bids import Annotated
     from bids_jointseg.card import ModelCard
     from bids_jointseg.recipe import Recipe, Source
+
+    Masks = Mapping[str, Mapping[str, Path]]
 
 LOGGER = logging.getLogger('bids_jointseg')
 
@@ -123,11 +126,12 @@ def run(options: Options) -> list[execution.Failure]:
     if beyond:
         raise RecipeError(f'{options.recipe}: no fold {beyond[0]}, only 0 to {recipe.folds - 1}')
     items, masks = index(recipe, _data_folder(options))
-    failures = _cache(options, recipe, items, masks, folds)
+    failures = _cache(options, recipe, items)
     failed = {failure.scan for failure in failures}
     items = [item for item in items if item.name not in failed]
     if not items:
         raise RecipeError(f'{options.recipe}: no scan could be used: see above')
+    failures += _paint(options, recipe, items, masks, folds)
     untrained = _train(options, recipe, items, masks, folds)
     failures += untrained
     rows: list[dict[str, Any]] = []
@@ -142,7 +146,7 @@ def run(options: Options) -> list[execution.Failure]:
                 card.training['steps'],
             )  # fmt: skip
             continue
-        more, scored = _score(options, recipe, items, fold, card)
+        more, scored = _score(options, recipe, items, masks, fold, card)
         failures += more
         rows += scored
         LOGGER.info('model %s', card.path)
@@ -234,40 +238,11 @@ def _run(
 
 
 def _cache(
-    options: Options,
-    recipe: Recipe,
-    items: Sequence[Item],
-    masks: Mapping[str, Mapping[str, Path]],
-    folds: Sequence[int],
+    options: Options, recipe: Recipe, items: Sequence[Item]
 ) -> list[execution.Failure]:
     workflow = Workflow('cache', base_dir=str(_work(options)))
     for item in items:
         workflow.add_nodes([init_cache_wf(item, recipe=recipe, folder=_work(options) / 'scans')])
-    for number, (fold, item) in enumerate(_painted_tests(recipe, items, folds)):
-        unseen = [
-            path
-            for source in recipe.datasets
-            if source.lesion_masks
-            for subject, part in recipe.split(source, masks[source.name], fold).items()
-            if part == 'test'
-            for path in [masks[source.name][subject]]
-        ]
-        paint = Node(
-            PaintHead(
-                annotation=str(item.found.annotation),
-                protocol=item.source.protocol,
-                # From the last: the first test people may be patients with scans of their own.
-                masks=[str(path) for path in unseen[::-1]],
-                seed=number,
-                stem=str(_painted_stem(options, item)),
-            ),
-            name='paint',
-            mem_gb=3,
-            overwrite=None if _painted(options, item).annotation.is_file() else True,
-        )
-        head = Workflow(f'{item.name}_test')
-        head.add_nodes([paint])
-        workflow.add_nodes([head])
     return _run(options, workflow, {item.name: item.name for item in items}, 'MultiProc')
 
 
@@ -290,7 +265,7 @@ def init_cache_wf(item: Item, *, recipe: Recipe, folder: Path) -> Workflow:
     Outputs
     -------
     cache.files
-        For :func:`bids_jointseg.sampling.read_person`.
+        For :func:`bids_jointseg.cache.read_person`.
     """
     workflow = Workflow(item.name)
     source, found = item.source, item.found
@@ -338,16 +313,45 @@ def _set_scans(check: Node, scan: Scan) -> None:
             check.set_input(field, str(path))
 
 
-def _painted_tests(
-    recipe: Recipe, items: Sequence[Item], folds: Sequence[int]
-) -> list[tuple[int, Item]]:
-    """Return the test people without scans, each with the first fold that tests on them."""
-    found: dict[str, tuple[int, Item]] = {}
+def _paint(
+    options: Options,
+    recipe: Recipe,
+    items: Sequence[Item],
+    masks: Masks,
+    folds: Sequence[int],
+) -> list[execution.Failure]:
+    """Paint the test people who have no scans, once for all folds."""
+    workflow = Workflow('paint', base_dir=str(_work(options)))
+    names = {}
     for fold in folds:
-        for item in _test_items(recipe, items, fold):
-            if item.found.scan is None:
-                found.setdefault(item.name, (fold, item))
-    return list(found.values())
+        split = _split(recipe, items, masks, fold)
+        # From the last: the first test people may be patients with scans of their own.
+        unseen = [
+            str(path)
+            for name, found in masks.items()
+            for subject, path in found.items()
+            if split[name][subject] == 'test'
+        ][::-1]
+        for number, item in enumerate(_test_items(items, split)):
+            if item.found.scan is not None or item.name in names:
+                continue
+            names[item.name] = f'{item.source.name} {item.found.name}'
+            paint = Node(
+                PaintHead(
+                    annotation=str(item.found.annotation),
+                    protocol=item.source.protocol,
+                    masks=unseen,
+                    seed=number,
+                    stem=str(_painted_stem(options, item)),
+                ),
+                name='paint',
+                mem_gb=3,
+                overwrite=None if _painted(options, item).annotation.is_file() else True,
+            )
+            head = Workflow(item.name)
+            head.add_nodes([paint])
+            workflow.add_nodes([head])
+    return _run(options, workflow, names, 'MultiProc') if names else []
 
 
 def _painted_stem(options: Options, item: Item) -> Path:
@@ -379,7 +383,7 @@ def _train(
     options: Options,
     recipe: Recipe,
     items: Sequence[Item],
-    masks: Mapping[str, Mapping[str, Path]],
+    masks: Masks,
     folds: Sequence[int],
 ) -> list[execution.Failure]:
     folder = _work(options) / 'scans'
@@ -433,11 +437,16 @@ def _train(
 
 
 def _score(
-    options: Options, recipe: Recipe, items: Sequence[Item], fold: int, card: ModelCard
+    options: Options,
+    recipe: Recipe,
+    items: Sequence[Item],
+    masks: Masks,
+    fold: int,
+    card: ModelCard,
 ) -> tuple[list[execution.Failure], list[dict[str, Any]]]:
     workflow = Workflow(f'score_{fold}', base_dir=str(_work(options)))
     names = {}
-    for item in _test_items(recipe, items, fold):
+    for item in _test_items(items, _split(recipe, items, masks, fold)):
         painted = item.found.scan is None
         found = _painted(options, item) if painted else item.found
         for inputs, scan in _variants(found.scan, found.annotation):
@@ -470,21 +479,25 @@ def _score(
     return failures, rows
 
 
-def _test_items(recipe: Recipe, items: Iterable[Item], fold: int) -> list[Item]:
-    """Return the annotated scans of the people whom a fold tests on."""
-    by_source: dict[str, list[Item]] = {}
+def _split(
+    recipe: Recipe, items: Sequence[Item], masks: Masks, fold: int
+) -> dict[str, dict[str, str]]:
+    people: dict[str, list[str]] = {name: list(found) for name, found in masks.items()}
     for item in items:
-        by_source.setdefault(item.source.name, []).append(item)
-    chosen = []
-    for members in by_source.values():
-        source = members[0].source
-        split = recipe.split(source, [item.found.subject for item in members], fold)
-        chosen += [
-            item
-            for item in members
-            if split[item.found.subject] == 'test' and item.found.annotation is not None
-        ]
-    return chosen
+        people.setdefault(item.source.name, []).append(item.found.subject)
+    return recipe.split(people, fold)
+
+
+def _test_items(
+    items: Sequence[Item], split: Mapping[str, Mapping[str, str]]
+) -> list[Item]:
+    """Return the annotated scans of the people whom a fold tests on."""
+    return [
+        item
+        for item in items
+        if split[item.source.name][item.found.subject] == 'test'
+        and item.found.annotation is not None
+    ]
 
 
 def _variants(scan: Scan, annotation: Path) -> list[tuple[str, Scan]]:
