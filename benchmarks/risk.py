@@ -61,7 +61,7 @@ slice_mm = [3.0, 3.0]
 window = [80, 96, 48]
 [architecture]
 name = 'unet'
-channels = [8, 16, 32, 64]
+channels = [16, 32, 64, 128]
 [training]
 steps = 600
 validate_every = 100
