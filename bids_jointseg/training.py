@@ -953,12 +953,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_job(job: Mapping[str, Any], folder: Path) -> ModelCard:
-    """Train what a job says: recipe, smoke, cache, masks, and the arguments of a training."""
+    """Train what a job in `folder` says: recipe, smoke, and the arguments of a training."""
+    recipe = job['recipe']
     return train_recipe(
-        read_recipe(job['recipe'], smoke=job['smoke']),
-        cache=[Path(path) for path in job['cache']],
+        read_recipe(folder / recipe if recipe.endswith('.toml') else recipe, smoke=job['smoke']),
+        cache=[folder / path for path in job['cache']],
         masks={
-            name: {subject: Path(path) for subject, path in found.items()}
+            name: {subject: folder / path for subject, path in found.items()}
             for name, found in job['masks'].items()
         },
         folder=folder,

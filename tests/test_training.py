@@ -669,6 +669,7 @@ def test_a_job_says_all(tmp_path, monkeypatch):
     assert training.main([str(tmp_path / 'job.json')]) == 0
     assert given.pop('recipe') == read_recipe('paper-w', smoke=True)
     assert given == {
-        'cache': [Path('a.npz')], 'masks': {'m': {'01': Path('m.nii.gz')}}, 'folder': tmp_path,
+        'cache': [tmp_path / 'a.npz'], 'masks': {'m': {'01': tmp_path / 'm.nii.gz'}},
+        'folder': tmp_path,
         'fold': 0, 'device': 'cpu', 'threads': 1, 'workers': 2, 'seconds': float('inf'),
     }  # fmt: skip

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +129,7 @@ def run(options: Options) -> list[execution.Failure]:
         raise RecipeError(f'{options.recipe}: no fold {beyond[0]}, only 0 to {recipe.folds - 1}')
     items, masks = index(recipe, _data_folder(options))
     failures = _cache(options, recipe, items)
+    masks = _copy_masks(options, masks)
     failed = {failure.scan for failure in failures}
     items = [item for item in items if item.name not in failed]
     if not items:
@@ -244,6 +247,19 @@ def _cache(
     for item in items:
         workflow.add_nodes([init_cache_wf(item, recipe=recipe, folder=_work(options) / 'scans')])
     return _run(options, workflow, {item.name: item.name for item in items}, 'MultiProc')
+
+
+def _copy_masks(options: Options, masks: Masks) -> dict[str, dict[str, Path]]:
+    """Put the lesion masks beside the cached scans: all that training reads can be moved."""
+    folder = _work(options) / 'scans'
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        name: {
+            subject: Path(shutil.copyfile(path, folder / f'{name}_{path.name}'))
+            for subject, path in found.items()
+        }
+        for name, found in masks.items()
+    }
 
 
 def init_cache_wf(item: Item, *, recipe: Recipe, folder: Path) -> Workflow:
@@ -392,13 +408,16 @@ def _train(
     ]
     failures = []
     for fold in folds:
+        out_dir = _fold_folder(options, recipe, fold)
+        # Relative to the job, so that it still holds where the folders are moved to.
+        own = options.recipe.endswith('.toml')
         job = {
-            'recipe': options.recipe,
+            'recipe': os.path.relpath(options.recipe, out_dir) if own else options.recipe,
             'smoke': options.smoke,
             'fold': fold,
-            'cache': [str(path) for path in files],
+            'cache': [os.path.relpath(path, out_dir) for path in files],
             'masks': {
-                name: {subject: str(path) for subject, path in found.items()}
+                name: {subject: os.path.relpath(path, out_dir) for subject, path in found.items()}
                 for name, found in masks.items()
             },
             'device': options.device,
@@ -406,7 +425,6 @@ def _train(
             'workers': options.workers,
             'seconds': options.seconds,
         }
-        out_dir = _fold_folder(options, recipe, fold)
         node = Node(
             Train(
                 job=job,
