@@ -101,7 +101,7 @@ class Protocol:
     @property
     def tells_tissue(self) -> bool:
         """Whether the annotation tells classes apart beside the lesions."""
-        return sum(atom != {'L'} for atom in self.atoms()) > 1
+        return tells_tissue(self.atoms())
 
     def restricted(self, tells: Iterable[str]) -> Protocol:
         """Return the protocol of someone who is told nothing but some of the classes apart.
@@ -159,6 +159,11 @@ class Protocol:
             )
         table = np.array([bits(self.sets[int(value)]) for value in present], dtype=np.uint8)
         return np.asarray(table[np.searchsorted(present, label_map)], dtype=np.uint8)
+
+
+def tells_tissue(groups: Iterable[frozenset[str]]) -> bool:
+    """Return whether some groups tell more apart than lesions from the rest."""
+    return sum(group != {'L'} for group in groups) > 1
 
 
 def bits(group: Iterable[str]) -> int:

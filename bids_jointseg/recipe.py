@@ -240,11 +240,6 @@ def tuples(value: Any) -> Any:
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def subject_of(path: Path) -> str:
-    """Return the subject label of a BIDS file name."""
-    return path.name.split('_', maxsplit=1)[0].removeprefix('sub-')
-
-
 def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
     """Read a recipe: a file, or the name of one in the package.
 

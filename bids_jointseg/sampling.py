@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from bids_jointseg import augment, synth
 from bids_jointseg.cache import Person, painted_person
 from bids_jointseg.image import Grid, Volume
-from bids_jointseg.labels import ALL, CLASSES, INDICES, bits
+from bids_jointseg.labels import ALL, CLASSES, INDICES, bits, tells_tissue
 from bids_jointseg.recipe import Source
 
 LESION = bits({'L'})
@@ -89,11 +89,6 @@ class Cohort:
     def weight(self) -> float:
         """Weight among the datasets of a stream."""
         return len(self.people) if self.source.share is None else self.source.share
-
-
-def tells_tissue(groups: Sequence[frozenset[str]]) -> bool:
-    """Return whether groups tell more apart than lesions from the rest."""
-    return len([group for group in groups if group != {'L'}]) > 1
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ from bids_jointseg.cache import modalities_of, raw_images, read_mask, read_perso
 from bids_jointseg.card import MODALITIES, ModelCard, read_card
 from bids_jointseg.image import train_landmarks
 from bids_jointseg.inference import choose_device, fast_type, probabilities
-from bids_jointseg.labels import CLASSES, TISSUES
+from bids_jointseg.labels import CLASSES, LABELS, TISSUES, tells_tissue
 from bids_jointseg.losses import OVERLAPS, Total, alone, consistency_risk, supervised_risk
 from bids_jointseg.network import build, load_model, save_model
 from bids_jointseg.recipe import Recipe, RecipeError, read_recipe, tuples
-from bids_jointseg.sampling import Cohort, Sample, Windows, collate, subsets, tells_tissue
+from bids_jointseg.sampling import Cohort, Sample, Windows, collate, subsets
 from bids_jointseg.sampling import Settings as SampleSettings
 
 LOGGER = logging.getLogger('bids_jointseg')
@@ -686,8 +686,6 @@ def draw_sample(network: nn.Module, sample: Sample) -> np.ndarray:
     np.ndarray
         `(rows, columns, 3)`, uint8: the slice with the most foreground, anterior upwards.
     """
-    from bids_jointseg.labels import LABELS
-
     network.eval()
     device = str(next(network.parameters()).device)
     batch = _to(collate([sample]), device)
