@@ -12,7 +12,7 @@ from bids_jointseg.inference import predict
 from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
 from bids_jointseg.metrics import dice
 from bids_jointseg.network import load_model
-from bids_jointseg.recipe import read_recipe
+from bids_jointseg.recipe import read_recipe, tuples
 
 DATA = Path(__file__).parents[2] / 'shared' / 'data' / 'neuromorphometrics'
 
@@ -38,7 +38,7 @@ def test_the_packaged_card_is_complete():
     assert set(figures['neuromorphometrics_T1w']['dice']) == set(TISSUES)
     assert {'patient_T1w_FLAIR', 'patient_T1w', 'patient_FLAIR'} <= set(figures)
     recipe = read_recipe('jointseg')
-    assert card.architecture == recipe.architecture
+    assert tuples(card.architecture) == recipe.architecture
     assert card.slice_mm == recipe.slice_mm
     for source in recipe.datasets:
         learned = set(card.training['people'].get(source.name, ()))
