@@ -196,7 +196,10 @@ def agreement(data: Path, out: Path, seeds: int, arms: int) -> None:
                 }
                 text = f'{np.mean(values):.1f}'
                 if arm != 'without R^t_1':
-                    text += f' ({gain.mean:+.1f}: {gain.ci[0]:+.1f} to {gain.ci[1]:+.1f})'
+                    text += f' ({gain.mean:+.1f}'
+                    if gain.n > 1:
+                        text += f': {gain.ci[0]:+.1f} to {gain.ci[1]:+.1f}'
+                    text += ')'
                 cells.append(text)
             lines.append(f'| {title} | {inputs} | ' + ' | '.join(cells) + ' |')
     text = '\n'.join(lines) + '\n'
