@@ -7,8 +7,9 @@ that the annotation leaves open at each voxel, and, where scans are painted, the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ class Person:
     def isotropic(self) -> bool:
         """Whether slices of any direction and thickness can be made of its voxels."""
         return max(self.spacing_mm) < 1.5 * min(self.spacing_mm)
+
+    @cached_property
+    def lesions(self) -> Tensor:
+        """Voxels that are annotated as lesions, `(N, 3)`; looked for once, not in each sample."""
+        return (self.sets == bits({'L'})).nonzero()
 
 
 def painted_grid(labels: Volume, protocol: str) -> tuple[Grid, NDArray[np.uint8]]:
@@ -254,7 +260,7 @@ def read_person(
     """
     with np.load(path) as stored:
         arrays = dict(stored)
-    raw = {key.removeprefix('image_'): arrays[key] for key in arrays if key.startswith('image_')}
+    raw = {modality: arrays[key] for modality, key in _image_keys(arrays).items()}
     kinds = arrays.get('kinds')
     images, levels, means = {}, {}, {}
     for modality, image in raw.items():
@@ -310,18 +316,21 @@ def _counts(kinds: NDArray[np.uint8]) -> dict[int, int]:
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
+def _image_keys(stored: Iterable[str]) -> dict[str, str]:
+    """Return modality -> the name of its array in a file of the cache."""
+    return {key.removeprefix('image_'): key for key in stored if key.startswith('image_')}
+
+
 def modalities_of(path: Path) -> tuple[str, ...]:
     """Return the modalities that one file of the cache has scans of."""
     with np.load(path) as stored:
-        return tuple(key.removeprefix('image_') for key in stored if key.startswith('image_'))
+        return tuple(_image_keys(stored))
 
 
 def raw_images(path: Path) -> dict[str, NDArray[np.uint8]]:
     """Return modality -> intensities of one file of the cache, to train landmarks on."""
     with np.load(path) as stored:
-        return {
-            key.removeprefix('image_'): stored[key] for key in stored if key.startswith('image_')
-        }
+        return {modality: stored[key] for modality, key in _image_keys(stored).items()}
 
 
 def read_mask(path: Path) -> Tensor:

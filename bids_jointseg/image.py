@@ -112,6 +112,14 @@ class Grid:
         return float(self.spacing_mm[self.thick_axis])
 
 
+def lies_on(labels: Grid, grids: Mapping[str, Grid]) -> str | None:
+    """Return the name of the first grid on which a label map lies, voxel by voxel, or None."""
+    for name, grid in grids.items():
+        if labels.shape == grid.shape and np.allclose(grid.affine, labels.affine, atol=1e-2):
+            return name
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Volume:
     """An image: ``data`` float32 (X, Y, Z) and the grid on which it lies."""

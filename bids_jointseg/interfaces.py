@@ -679,10 +679,9 @@ def annotated_space(path: str, labels: Volume, volumes: Mapping[str, Volume]) ->
     ImageError
         If it lies on none of their grids.
     """
-    for name, volume in volumes.items():
-        same = labels.grid.shape == volume.grid.shape
-        if same and np.allclose(labels.grid.affine, volume.grid.affine, atol=1e-2):
-            return name
+    found = image.lies_on(labels.grid, {name: volume.grid for name, volume in volumes.items()})
+    if found is not None:
+        return found
     raise ImageError(
         f'{path}: the labels are not on the grid of the {" or the ".join(volumes)}: '
         'resample them to it (nearest neighbour)'

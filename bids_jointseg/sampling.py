@@ -206,7 +206,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         mask = self.masks[rng.integers(len(self.masks))] if self.masks else None
         jitter = self._lesion_jitter(rng)
         low, high = person.box
-        lesions = (person.sets == LESION).nonzero()
+        lesions = person.lesions
         if rng.random() < s.outside_share:
             # Face and neck: a window may hold no brain at all.
             below = (20, 20, min(110, float(low[2])))
@@ -269,7 +269,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         """Return a window of a scan as it is; what lies outside of the scan is air."""
         s = self.settings
         window, shape = np.array(plan.window), np.array(person.sets.shape)
-        lesions = (person.sets == LESION).nonzero()
+        lesions = person.lesions
         if len(lesions) and rng.random() < s.lesion_centre:
             pick = lesions[int(rng.integers(len(lesions)))].numpy()
             pick = pick + rng.uniform(-s.dilate_mm, s.dilate_mm, 3) / person.spacing_mm

@@ -22,14 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg.bids import Scan, annotated_scans
 from bids_jointseg.cache import cached_files
 from bids_jointseg.card import read_card
 from bids_jointseg.evaluation import write_tables
-from bids_jointseg.image import load_grid
+from bids_jointseg.image import lies_on, load_grid
 from bids_jointseg.interfaces import CacheScan, PaintHead, Score, Train
 from bids_jointseg.recipe import RecipeError, read_recipe
 from bids_jointseg.workflows import execution, participant
@@ -529,11 +528,8 @@ def _variants(scan: Scan, annotation: Path) -> list[tuple[str, Scan]]:
         given = {name: paths[name] for name in names if name in paths}
         if len(given) < len(names):
             continue
-        grids = [load_grid(path) for path in given.values()]
-        if any(
-            grid.shape == labels.shape and np.allclose(grid.affine, labels.affine, atol=1e-2)
-            for grid in grids
-        ):
+        grids = {name: load_grid(path) for name, path in given.items()}
+        if lies_on(labels, grids) is not None:
             variants.append((
                 '+'.join(names),
                 replace(scan, t1w=given.get('T1w'), flair=given.get('FLAIR')),
