@@ -1,7 +1,8 @@
 """Painted patients and controls as BIDS datasets: the ground on which the risk is measured.
 
-Whole heads (SynthSeg's label maps) become clinical scans of 1 x 1 x 3 mm. Each patient has a
-T1w, a FLAIR, the lesions of one real mask, and a reference of both tissue and lesions; a
+Whole heads (SynthSeg's label maps) become clinical scans of 1 x 1 x 3 mm, all of one scanner:
+tissue looks alike in patients and controls, as the bound on the risk assumes (H4). Each patient
+has a T1w, a FLAIR, the lesions of one real mask, and a reference of both tissue and lesions; a
 training that declares the protocol with `tells = ['L']` never sees the tissue of it.
 """
 
@@ -67,7 +68,7 @@ def _paint_one(
         (path,) = (data / 'openms-mni' / f'sub-{mask}').rglob('*_label-lesion_mask.nii.gz')
         lesions = [read_mask(path)]
     images, found, grid = paint_head(
-        load_labels(labels), 'freesurfer', lesions, seed=seed, slice_mm=3
+        load_labels(labels), 'freesurfer', lesions, seed=seed, slice_mm=3, contrast_spread=0
     )
     anat = root / f'sub-{head}' / 'anat'
     anat.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,8 @@ def draw_geometry(
     slicing: str,
     centre: np.ndarray,
     step: float,
+    *,
+    upright: bool = False,
 ) -> Geometry:
     """Draw rotation, scale, shear, mirror and elastic bend of a window.
 
@@ -61,6 +63,9 @@ def draw_geometry(
         Source voxel at the middle of the window.
     step
         Source voxels between two neighbours along the slice axis.
+    upright
+        Only mirror left and right, and keep to the voxels of the source: where `step` is 1,
+        nothing is interpolated.
     """
     angles = np.deg2rad(rng.uniform(-15, 15, 3) if rng.random() < 0.8 else np.zeros(3))
     rotation = np.eye(3)
@@ -78,6 +83,10 @@ def draw_geometry(
     spread = np.diag([1.0, 1.0, step])
     mirror = np.diag([-1.0 if rng.random() < 0.5 else 1.0, 1.0, 1.0])
     bend = rng.uniform(0, 1.6) if rng.random() < 0.5 else 0.0
+    if upright:
+        matrix = mirror @ permute @ spread
+        corner = matrix @ ((np.array(shape) - 1) / 2)
+        return Geometry(matrix, np.round(centre - corner) + corner, shape, 0.0)
     return Geometry(mirror @ rotation @ scale @ shear @ permute @ spread, centre, shape, bend)
 
 
@@ -157,6 +166,19 @@ def draw_intensity(rng: np.random.Generator) -> Intensity:
         clean_air=bool(rng.random() < 0.5),
         level=rng.uniform(-0.2, 0.2),
         scale=rng.uniform(0.85, 1.2),
+    )
+
+
+def undisturbed(drawn: Intensity) -> Intensity:
+    """Return an acquisition that changes nothing, but for a little error of normalisation."""
+    return Intensity(
+        bias=0.0,
+        gamma=1.0,
+        noise=0.0,
+        thickness=(0.0, 0.0, 0.0),
+        clean_air=True,
+        level=drawn.level / 4,
+        scale=drawn.scale**0.25,
     )
 
 

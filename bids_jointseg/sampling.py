@@ -7,7 +7,7 @@ and the same after a restart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
@@ -103,6 +103,9 @@ class Settings:
         The same for slices of 1 mm, and how often these are made of an isotropic scan.
     augment
         Bend, turn and degrade what is sampled. Without, windows are cut out as they are.
+    intact_share
+        How often a person who has scans is shown upright, without anything that degrades these:
+        as sharp as the scans to come. Thick slices are still made of isotropic ones.
     lesion_share
         How often lesions are painted into a person who is painted.
     lesion_centre
@@ -113,6 +116,8 @@ class Settings:
         How often a painted head loses its skull, a skull-stripped one gets another's.
     view_share
         How often a scan ends within the window.
+    contrast_spread
+        How far the contrasts of painted scans stray: 0 is one scanner with one protocol.
     modalities
         Sets of modalities and their weights, of those that a person has.
     """
@@ -121,6 +126,7 @@ class Settings:
     thin_window: tuple[int, int, int] = (96, 112, 48)
     thin_share: float = 0.5
     augment: bool = True
+    intact_share: float = 0.0
     lesion_share: float = 0.7
     lesion_centre: float = 0.7
     dilate_mm: float = 16.0
@@ -128,6 +134,7 @@ class Settings:
     strip_share: float = 0.4
     borrow_share: float = 0.4
     view_share: float = 0.15
+    contrast_spread: float = 1.0
     modalities: tuple[tuple[tuple[str, ...], float], ...] = (
         (('T1w',), 0.35),
         (('FLAIR',), 0.2),
@@ -195,6 +202,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         if not self.settings.augment and person.kinds is None:
             return self._cut(person, plan, rng)
         s = self.settings
+        intact = bool(person.images) and rng.random() < s.intact_share
         # Slices of a scan that has thick ones are kept; of an isotropic one they are made, with
         # up to three points across a slice to show its partial volume.
         count = plan.count if person.isotropic else 1
@@ -224,10 +232,12 @@ class Windows(torch.utils.data.Dataset[Sample]):
             margin = 0.12 * (high - low)
             centre = rng.uniform(low - [0, 0, 30 / person.spacing_mm[2]] + margin, high - margin)
         if person.isotropic:
-            geometry = augment.draw_geometry(rng, fine, slicing, centre, count / dense)
+            geometry = augment.draw_geometry(
+                rng, fine, slicing, centre, count / dense, upright=intact
+            )
         else:
             geometry = augment.within_slices(
-                augment.draw_geometry(rng, fine, 'axial', centre, 1.0)
+                augment.draw_geometry(rng, fine, 'axial', centre, 1.0, upright=intact)
             )
         points = augment.coordinates(geometry, generator)
         if not person.isotropic:
@@ -237,7 +247,16 @@ class Windows(torch.utils.data.Dataset[Sample]):
             points[..., 2] = first + step * torch.arange(points.shape[2])
         shown = mask if with_lesions else None
         return self.compose(
-            person, plan.cohort, plan.modalities, points, dense, shown, jitter, rng, generator
+            person,
+            plan.cohort,
+            plan.modalities,
+            points,
+            dense,
+            shown,
+            jitter,
+            rng,
+            generator,
+            intact=intact,
         )
 
     def _plan(self, rng: np.random.Generator) -> _Plan:
@@ -304,6 +323,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
         jitter: np.ndarray,
         rng: np.random.Generator,
         generator: Generator,
+        *,
+        intact: bool = False,
     ) -> Sample:
         """Return the images and the target of one window.
 
@@ -321,6 +342,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
             A patient's lesions, or None, and the affine change of them.
         rng, generator
             Sources of all draws.
+        intact
+            Nothing degrades a scan; what is painted is acquired as ever.
         """
         # Outside of the volume there is air, and the warp says 0.
         sets = augment.warp(person.sets, points, 'nearest').to(torch.uint8)
@@ -342,7 +365,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
                     lesion = torch.maximum(lesion, grown)
             sets = torch.where((lesion > 0.5) & (kinds == synth.WHITE), LESION, sets)
         images, seen = self._images(
-            person, modalities, kinds, points, lesion, dense, rng, generator
+            person, modalities, kinds, points, lesion, dense, rng, generator, intact=intact
         )
         target, valid = shares(sets, cohort, dense)
         return Sample(images, target, valid * seen, cohort.groups)
@@ -408,6 +431,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
         dense: int,
         rng: np.random.Generator,
         generator: Generator,
+        *,
+        intact: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Paint, or take from the scan, each modality of a window.
 
@@ -427,13 +452,17 @@ class Windows(torch.utils.data.Dataset[Sample]):
         for modality in modalities:
             scan = scans.get(modality)
             drawn = augment.draw_intensity(rng)
+            if intact and scan is not None:
+                drawn = augment.undisturbed(drawn)
             if kinds is None:
                 image = scans[modality]
                 mean, std = person.levels[modality]
                 # Of the scan after gamma, as a normal distribution has it, nearly.
                 level = (mean**drawn.gamma, std * drawn.gamma * mean ** (drawn.gamma - 1))
             else:
-                contrast = synth.draw_contrast(modality, rng)
+                contrast = synth.draw_contrast(
+                    modality, rng, spread=self.settings.contrast_spread
+                )
                 image = synth.paint(shown, lesion, contrast, generator, severity)
                 means = contrast.means
                 if scan is not None:
@@ -508,7 +537,13 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def paint_head(
-    labels: Volume, protocol: str, masks: Sequence[Tensor], *, seed: int, slice_mm: int = 1
+    labels: Volume,
+    protocol: str,
+    masks: Sequence[Tensor],
+    *,
+    seed: int,
+    slice_mm: int = 1,
+    contrast_spread: float = 1.0,
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.uint8], Grid]:
     """Paint a T1w and a FLAIR of a whole head, with the lesions of one mask, if there are any.
 
@@ -524,6 +559,8 @@ def paint_head(
         Of everything that is drawn.
     slice_mm
         Thickness of the slices.
+    contrast_spread
+        See :class:`Settings`.
 
     Returns
     -------
@@ -535,7 +572,7 @@ def paint_head(
     person, grid = painted_person(labels, protocol)
     source = Source('painted', painted=('T1w', 'FLAIR'), annotation='.', protocol=protocol)
     cohort = Cohort(source, (person,))
-    settings = replace(Settings(), strip_share=0.0, view_share=0.0)
+    settings = Settings(strip_share=0.0, view_share=0.0, contrast_spread=contrast_spread)
     windows = Windows([cohort], settings=settings, seed=seed, length=1)
     rng = np.random.default_rng((2019, seed))
     generator = Generator().manual_seed(int(rng.integers(2**62)))

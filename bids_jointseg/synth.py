@@ -153,7 +153,9 @@ class Contrast:
     dirt: float
 
 
-def draw_contrast(modality: str, rng: np.random.Generator, wild: float = 0.1) -> Contrast:
+def draw_contrast(
+    modality: str, rng: np.random.Generator, *, wild: float = 0.1, spread: float = 1.0
+) -> Contrast:
     """Draw the contrast of one painted scan.
 
     Parameters
@@ -164,22 +166,29 @@ def draw_contrast(modality: str, rng: np.random.Generator, wild: float = 0.1) ->
         Source of all draws.
     wild
         Chance of a scan whose means stray three times as far: sequences nobody told us of.
+    spread
+        Of the means between scanners: 0 is one scanner with one protocol. Lesions vary as ever.
     """
+
+    def near(low: float, high: float) -> float:
+        middle = (low + high) / 2
+        return middle + spread * (rng.uniform(low, high) - middle)
+
     column = 1 if modality == 'T1w' else 3
     values = np.array([kind[column] for kind in KINDS])
-    spread = np.array([kind[column + 1] for kind in KINDS])
+    reach = spread * np.array([kind[column + 1] for kind in KINDS])
     stray = 3.0 if rng.random() < wild else 1.0
-    means = values + stray * spread * rng.uniform(-1, 1, len(KINDS))
+    means = values + stray * reach * rng.uniform(-1, 1, len(KINDS))
     gray = list(GRAY)
     if modality == 'T1w':
         # From MPRAGE (cortex 0.65) to spin echo (cortex 0.9): the contrast between gray and
         # white shrinks for all gray matter at once.
-        means[gray] = 1 - (1 - means[gray]) * rng.uniform(0.35, 1.35)
+        means[gray] = 1 - (1 - means[gray]) * near(0.35, 1.35)
         lesion = -rng.uniform(0.0, 0.9) * (1 - means[VENTRICLE]) * 0.7
         return Contrast(means.clip(0), lesion, rng.uniform(0, 0.04), 0.0, rng.uniform(-0.05, 0))
-    means[gray] = 1 + (means[gray] - 1) * rng.uniform(0.3, 1.4)
-    means[CSF] = means[VENTRICLE] * rng.uniform(0.7, 1.3)
-    means[KIND['soft tissue']] *= rng.uniform(0.3, 1.3)
+    means[gray] = 1 + (means[gray] - 1) * near(0.3, 1.4)
+    means[CSF] = means[VENTRICLE] * near(0.7, 1.3)
+    means[KIND['soft tissue']] *= near(0.3, 1.3)
     lesion = rng.uniform(0.25, 1.1)
     return Contrast(
         means.clip(0),

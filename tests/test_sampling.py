@@ -37,6 +37,7 @@ from bids_jointseg.sampling import (
     paint_head,
     shares,
     subsets,
+    whole,
 )
 from bids_jointseg.training import ALONE, _stream
 from bids_jointseg.training import Settings as TrainingSettings
@@ -425,6 +426,30 @@ def test_windows_are_cut_out_of_the_scan(tmp_path):
     # Half of them at the lesion in the corner, as near as the scan lets them.
     assert (0, 0, 0) in corners
     assert len(corners) > 8
+
+
+@pytest.mark.parametrize(('spacing', 'slice_mm'), [((1, 1, 1), (1, 1)), ((1, 1, 3), (1, 3))])
+def test_an_intact_scan_is_neither_turned_nor_degraded(tmp_path, spacing, slice_mm):
+    person = read_person(write(tmp_path / 'a.npz', draw_sets(), spacing=spacing))
+    settings = replace(BENT, intact_share=1.0, view_share=0.0, modalities=((('T1w',), 1.0),))
+    data = windows(person, settings=settings, slice_mm=slice_mm)
+    samples = [data[number] for number in range(12)]
+    lesion = FULL.labels.atoms().index({'L'})
+    assert max(int(sample.target[lesion].sum()) for sample in samples) == len(person.lesions)
+    (mean, std), scan = person.levels['T1w'], person.images['T1w'].double()
+    for number in range(4):
+        rng, generator = np.random.default_rng(number), torch.Generator().manual_seed(number)
+        sample = data.compose(
+            person, data.cohorts[0], ['T1w'], whole(person), 1, None, np.eye(4), rng, generator,
+            intact=True,
+        )  # fmt: skip
+        score = ((scan - mean) / std).clamp_min(-6).flatten().numpy()
+        inside = score > -5
+        image = sample.images['T1w'].flatten().numpy()[inside]
+        slope, shift = np.polyfit(score[inside], image, 1)
+        assert np.abs(slope * score[inside] + shift - image).max() < 1e-3
+        assert 0.95 < slope < 1.05
+        assert abs(shift) < 0.06
 
 
 def test_a_scan_smaller_than_the_window_lies_in_air(tmp_path):

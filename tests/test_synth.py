@@ -232,6 +232,14 @@ def test_painted_scans_have_the_contrast_of_their_modality(head, seed):
     assert flair['extracerebral CSF'] < flair['white matter']
 
 
+@pytest.mark.parametrize('modality', ['T1w', 'FLAIR'])
+def test_one_scanner_has_one_contrast(modality):
+    means = [synth.draw_contrast(modality, seeded(n)[0], spread=0).means for n in range(5)]
+    assert np.ptp(means, axis=0).max() == 0
+    free = [synth.draw_contrast(modality, seeded(n)[0]).means for n in range(5)]
+    assert np.ptp(free, axis=0)[synth.KIND['cortex']] > 0.05
+
+
 def test_perivascular_spaces_are_darker_than_white_matter(head):
     line = head.clone()
     line[40:56, 70, 47:49] = synth.SPACE
@@ -318,6 +326,24 @@ def test_geometry_maps_slices_to_their_axis():
         drawn = augment.draw_geometry(seeded(0)[0], (8, 8, 4), slicing, np.zeros(3), 3.0)
         assert np.abs(drawn.matrix[:, 2]).argmax() == axis
         assert np.linalg.norm(drawn.matrix[:, 2]) == pytest.approx(3, rel=0.3)
+
+
+@pytest.mark.parametrize('slicing', list(augment.AXES))
+def test_an_upright_window_is_the_source_itself_or_its_mirror_image(slicing):
+    volume = torch.arange(9.0 * 8 * 7).reshape(9, 8, 7)
+    mirrored = set()
+    for seed in range(8):
+        drawn = augment.draw_geometry(
+            seeded(seed)[0], (4, 3, 2), slicing, np.array([4.3, 3.9, 2.6]), 1.0, upright=True
+        )
+        assert drawn.bend == 0
+        points = augment.coordinates(drawn, Generator())
+        assert torch.equal(points, points.round())
+        x, y, z = points.long().unbind(-1)
+        assert torch.allclose(augment.warp(volume, points), volume[x, y, z], atol=1e-3)
+        mirrored.add(float(np.sign(drawn.matrix[0].sum())))
+        assert drawn.matrix[1:].min() >= 0
+    assert mirrored == {-1.0, 1.0}
 
 
 def test_thick_slices_stay_slices():
