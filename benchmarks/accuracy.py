@@ -1,11 +1,19 @@
-"""Dice of a model on people whom nothing was learned from, through the app itself.
+"""What a model reaches on people whom nothing was learned from, through the app itself.
 
     python benchmarks/accuracy.py DATA OUT [--model NAME_OR_CARD] [--part test|validation]
 
-Runs `jointseg` on the recipe's test (or validation) people: real skull-stripped T1w with tissue
-labels, painted whole heads with the lesions of unseen patients, and, for the test part, the one
-real lesion patient; the last two as T1w and FLAIR, T1w alone and FLAIR alone. Prints a table,
-writes OUT/accuracy.json, and all measures into OUT/tables.
+Runs `jointseg`, with its default settings, on the recipe's test (or validation) people:
+
+- real skull-stripped T1w with tissue labels, rescans included: Dice, the difference between the
+  volumes of two scans of one person, and lesions found in healthy people under 45;
+- painted whole heads with the lesions of unseen patients, and the same without their skull, as
+  T1w and FLAIR, T1w alone and FLAIR alone: Dice, and what the skull costs;
+- for the test part, the one real lesion patient, in the same three ways, and the raw visits of
+  `openms`, whose tissue nobody drew: agreement of T1w alone with T1w and FLAIR.
+
+Prints and writes OUT/accuracy.md and OUT/accuracy.json. OUT/evaluation has all measures of each
+set, and pictures of its worst, median and best scan beside their references. What is there is
+not run again.
 
 One version paints the same pictures for every model. Between versions the heads and masks stay
 those of the same people, but the pictures change with how they are painted (0.1.0 drew no
@@ -15,33 +23,42 @@ vessels): compare painted heads within a version only.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
-import shutil
 import sys
-import tempfile
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from patients import brain_of
 
 from bids_jointseg.bids import Annotated, annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.cli import main as jointseg
-from bids_jointseg.evaluation import score, write_tables
-from bids_jointseg.image import load_labels
+from bids_jointseg.evaluation import evaluate
+from bids_jointseg.image import load_labels, load_scan, save
 from bids_jointseg.interfaces import PaintHead
 from bids_jointseg.labels import PROTOCOLS, TISSUES
+from bids_jointseg.metrics import summary
 from bids_jointseg.recipe import Source, read_recipe
 
 INPUTS = (('T1w', 'FLAIR'), ('T1w',), ('FLAIR',))
+JOINTSEG = PROTOCOLS['jointseg']
+YOUNG = 45
+"""Years, below which a lesion in a healthy person is taken for a mistake."""
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
     """One scan, whose images lie on one grid, with its reference."""
 
+    person: str
     images: dict[str, Path]
     annotation: Path
     protocol: str
@@ -58,7 +75,7 @@ def tissue_scans(source: Source, data: Path, part: str) -> dict[str, Case]:
     every = {key: value for key, value in source.entities.items() if key != 'ses'}
     return {
         f'{item.subject}ses{item.scan.session}': Case(
-            {'T1w': item.scan.t1w}, item.annotation, source.protocol
+            item.subject, {'T1w': item.scan.t1w}, item.annotation, source.protocol
         )
         for item in annotated(replace(source, entities=every), data, part)
     }
@@ -68,7 +85,7 @@ def paint_heads(
     heads: Source, patients: Source, data: Path, part: str, folder: Path
 ) -> dict[str, Case]:
     """Paint whole heads, each with the lesions of another unseen patient."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     masks = [item.annotation for item in annotated(patients, data, part)]
     # The mask of the patient who has scans is not used for painting.
     masks = [path for path in masks if not list(path.parent.glob('*FLAIR*'))]
@@ -83,107 +100,237 @@ def paint_heads(
         )
         outputs = paint.run().outputs
         images = {'T1w': Path(outputs.t1w), 'FLAIR': Path(outputs.flair)}
-        made[item.subject] = Case(images, Path(outputs.labels), 'jointseg')
+        made[item.subject] = Case(item.subject, images, Path(outputs.labels), 'jointseg')
     return made
+
+
+def strip(cases: Mapping[str, Case], folder: Path) -> dict[str, Case]:
+    """Take the skull off, as a good tool does: the brain and the fluid in its folds stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stripped = {}
+    for subject, case in cases.items():
+        labels = load_labels(case.annotation)
+        brain = brain_of(labels.data)
+        images = {}
+        for name, path in case.images.items():
+            scan = load_scan(path)
+            images[name] = folder / path.name
+            save(images[name], np.where(brain, scan.data, 0), scan.grid, dtype=np.float32)
+        stripped[subject] = replace(case, images=images)
+    return stripped
 
 
 def real_patient(source: Source, data: Path) -> dict[str, Case]:
     """Return the one patient who has scans and an expert's mask."""
     stem = data / source.root / 'sub-26' / 'anat' / 'sub-26_space-MNI152'
     images = {name: Path(f'{stem}_desc-brain_{name}.nii.gz') for name in ('T1w', 'FLAIR')}
-    return {'26': Case(images, Path(f'{stem}_label-lesion_mask.nii.gz'), source.protocol)}
+    return {'26': Case('26', images, Path(f'{stem}_label-lesion_mask.nii.gz'), source.protocol)}
 
 
-def write_dataset(folder: Path, cases: dict[str, Case]) -> None:
-    """Make a raw BIDS dataset of links."""
-    for subject, case in cases.items():
-        anat = folder / f'sub-{subject}' / 'anat'
-        anat.mkdir(parents=True)
-        for modality, path in case.images.items():
-            (anat / f'sub-{subject}_{modality}.nii.gz').symlink_to(path.resolve())
-    description = {'Name': folder.name, 'BIDSVersion': '1.10.0', 'DatasetType': 'raw'}
-    (folder / 'dataset_description.json').write_text(json.dumps(description))
+def write_dataset(folder: Path, cases: Mapping[str, Case]) -> None:
+    """Make a raw BIDS dataset of links, and a derivative of the references."""
+    for root, kind in ((folder, 'raw'), (folder / 'derivatives' / 'reference', 'derivative')):
+        for subject, case in cases.items():
+            anat = root / f'sub-{subject}' / 'anat'
+            anat.mkdir(parents=True, exist_ok=True)
+            images = case.images if kind == 'raw' else {'dseg': case.annotation}
+            for suffix, path in images.items():
+                link = anat / f'sub-{subject}_{suffix}.nii.gz'
+                if not link.is_symlink():
+                    link.symlink_to(path.resolve())
+        record: Row = {'Name': root.name, 'BIDSVersion': '1.10.0', 'DatasetType': kind}
+        if kind == 'derivative':
+            record['GeneratedBy'] = [{'Name': 'bids_jointseg benchmarks'}]
+        (root / 'dataset_description.json').write_text(json.dumps(record))
 
 
-def measure(name: str, cases: dict[str, Case], model: str, out: Path) -> list[dict]:
-    """Run the app on some cases and compare: the rows of the tables."""
-    write_dataset(out / 'bids' / name, cases)
-    with tempfile.TemporaryDirectory() as work:
-        arguments = [str(out / 'bids' / name), str(out / name), 'participant', '--model', model]
-        code = jointseg([*arguments, '--level', 'minimal', '-w', work, '--skip-bids-validation'])
-    if code:
-        sys.exit(f'jointseg ended with code {code} on {name}')
-    rows = []
-    for subject, case in cases.items():
-        (path,) = (out / name / f'sub-{subject}').rglob(f'sub-{subject}_seg-jointseg_dseg.nii.gz')
-        found, truth = load_labels(path), load_labels(case.annotation)
-        reference = PROTOCOLS[case.protocol]
-        rows += score(
-            PROTOCOLS['jointseg'].encode(found.data.astype(np.int64)),
-            reference.encode(truth.data.astype(np.int64)),
-            truth.grid.spacing_mm,
-            reference=reference,
+def run(bids: Path, out: Path, model: str, *more: str) -> None:
+    """Run the app on a dataset, unless that is done."""
+    done = out / 'logs' / 'benchmarked'
+    if not done.is_file():
+        arguments = [str(bids), str(out), 'participant', '--model', model, '--level', 'minimal']
+        arguments += ['-w', str(out.parent / 'work' / out.name), '--skip-bids-validation', *more]
+        code = jointseg(arguments)
+        if code:
+            sys.exit(f'jointseg ended with code {code} on {bids}')
+        done.touch()
+
+
+def label_map(out: Path, subject: str) -> Path:
+    """Return the label map that the app wrote on the grid of a scan."""
+    (path,) = (out / f'sub-{subject}').rglob(f'sub-{subject}_seg-jointseg_dseg.nii.gz')
+    return path
+
+
+def volume_mm3(path: Path, name: str) -> float:
+    """Return the volume of a class in a label map."""
+    (index,) = (index for index, names in JOINTSEG.sets.items() if names == {name})
+    labels = load_labels(path)
+    return float((labels.data == index).sum() * np.prod(labels.grid.spacing_mm))
+
+
+def compare(name: str, bids: Path, reference: Path, protocol: str, out: Path) -> list[Row]:
+    """Compare what the app wrote with the references, in tables and figures, once."""
+    folder = out / 'evaluation' / name
+    if not (folder / 'scans.tsv').is_file():
+        evaluate(
+            {'jointseg': out / name},
+            reference,
+            folder,
+            reference_protocol=protocol,
+            images=bids,
             dataset=name,
-            scan=subject,
-            model=read_card(model).name,
         )
-    return rows
+    with (folder / 'scans.tsv').open(newline='') as file:
+        return [
+            row | {'dice': float(row['dice'].replace('n/a', 'nan'))}
+            for row in csv.DictReader(file, delimiter='\t')
+        ]
 
 
-def line(scores: Collection[dict[str, float]]) -> str:
-    """Return the mean of some scans' scores as cells."""
-    values = {
-        name: [scan[name] for scan in scores if name in scan and not np.isnan(scan[name])]
-        for name in (*TISSUES, 'L')
+def interval(values: Iterable[float], digits: int = 1) -> str:
+    """Return the mean, with its 95 % confidence interval where there are several values."""
+    found = summary(list(values))
+    if not found.n:
+        return '-'
+    text = f'{found.mean:.{digits}f}'
+    if found.n > 1:
+        text += f' ({found.ci[0]:.{digits}f} to {found.ci[1]:.{digits}f})'
+    return text
+
+
+def dice_table(sets: Mapping[str, Mapping[str, Case]], rows: Sequence[Row]) -> list[str]:
+    """Return Dice for each set and class; a person's scans count once, with their mean."""
+    lines = [f'| scans | n | tissue | {" | ".join((*TISSUES, "L"))} |']
+    lines += ['|---|---|' + '---:|' * 8]
+    for name, cases in sets.items():
+        people: dict[str, dict[str, list[float]]] = {}
+        for row in rows:
+            if row['dataset'] == name and not np.isnan(row['dice']):
+                case = cases[row['scan'].removeprefix('sub-')]
+                person = people.setdefault(case.person, defaultdict(list))
+                person[row['region']].append(row['dice'])
+                if row['region'] in TISSUES:
+                    person['tissue'].append(row['dice'])
+        cells = [
+            interval(np.mean(person[region]) for person in people.values() if region in person)
+            for region in ('tissue', *TISSUES, 'L')
+        ]
+        count = f'{len(cases)}' + f' of {len(people)}' * (len(people) < len(cases))
+        lines.append(f'| {name} | {count} | {" | ".join(cells)} |')
+    return lines
+
+
+def rescans(cases: Mapping[str, Case], out: Path) -> dict[str, dict[str, float]]:
+    """Return person -> class -> difference of the volumes of two scans, % of their mean."""
+    scans = defaultdict(list)
+    for subject, case in cases.items():
+        scans[case.person].append(label_map(out, subject))
+    differences = {}
+    for person, paths in scans.items():
+        if len(paths) == 2:
+            pairs = {name: [volume_mm3(path, name) for path in paths] for name in TISSUES}
+            differences[person] = {
+                name: 200 * abs(a - b) / (a + b) for name, (a, b) in pairs.items()
+            }
+    return differences
+
+
+def false_lesions(cases: Mapping[str, Case], out: Path, data: Path) -> dict[str, float]:
+    """Return the volume of lesions in mm3 that were found in each healthy young person's scan."""
+    with (data / 'neuromorphometrics' / 'participants.tsv').open(newline='') as file:
+        ages = {
+            row['participant_id'].removeprefix('sub-'): float(row['age'])
+            for row in csv.DictReader(file, delimiter='\t')
+        }
+    return {
+        subject: volume_mm3(label_map(out, subject), 'L')
+        for subject, case in cases.items()
+        if ages[case.person] < YOUNG
     }
-    means = {name: np.mean(found) for name, found in values.items() if found}
-    tissue = [means[name] for name in TISSUES if name in means]
-    cells = [f'{np.mean(tissue):.2f}' if tissue else '-']
-    cells += [f'{means[name]:.1f}' if name in means else '-' for name in values]
-    return ' | '.join(cells)
+
+
+def agreement(data: Path, out: Path, model: str) -> list[Row]:
+    """Segment the raw visits with and without FLAIR and compare the two, visit by visit."""
+    both, name = out / 'openms_T1w_FLAIR', 'openms_T1w'
+    run(data / 'openms', both, model)
+    run(data / 'openms', out / name, model, '--ignore', 'flair')
+    return compare(name, data / 'openms', both, 'jointseg', out)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and draw."""
     options = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     options.add_argument('data', type=Path)
     options.add_argument('out', type=Path)
     options.add_argument('--model', default='jointseg')
     options.add_argument('--recipe', default='jointseg')
     options.add_argument('--part', default='test', choices=('test', 'validation'))
+    options.add_argument(
+        '--sets', nargs='+', default=[], help='only these sets, such as neuromorphometrics_T1w'
+    )
     arguments = options.parse_args()
     logging.basicConfig(level=logging.INFO)
     data, out, part = arguments.data.resolve(), arguments.out.resolve(), arguments.part
     sources = {source.name: source for source in read_recipe(arguments.recipe).datasets}
-    shutil.rmtree(out, ignore_errors=True)
+    card = read_card(arguments.model)
 
-    sets = {'neuromorphometrics_T1w': tissue_scans(sources['neuromorphometrics'], data, part)}
+    tissue = 'neuromorphometrics_T1w'
     patients = sources['openms-mni']
-    several = {'heads': paint_heads(sources['heads'], patients, data, part, out / 'painted')}
+    heads = paint_heads(sources['heads'], patients, data, part, out / 'painted')
+    several = {'heads': heads, 'stripped': strip(heads, out / 'stripped')}
     if part == 'test':
         several['patient'] = real_patient(patients, data)
-    for name, cases in several.items():
-        for inputs in INPUTS:
-            sets[f'{name}_{"_".join(inputs)}'] = {
-                subject: replace(case, images={key: case.images[key] for key in inputs})
-                for subject, case in cases.items()
-            }
+    sets = {tissue: tissue_scans(sources['neuromorphometrics'], data, part)} | {
+        f'{name}_{"_".join(inputs)}': {
+            subject: replace(case, images={key: case.images[key] for key in inputs})
+            for subject, case in cases.items()
+        }
+        for name, cases in several.items()
+        for inputs in INPUTS
+    }
+    sets = {name: sets[name] for name in arguments.sets or sets}
     rows = []
     for name, cases in sets.items():
-        rows += measure(name, cases, arguments.model, out)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        scans = results.setdefault(row['dataset'], {})
-        scans.setdefault(row['scan'], {})[row['region']] = row['dice']
+        bids = out / 'bids' / name
+        write_dataset(bids, cases)
+        run(bids, out / name, arguments.model)
+        (protocol,) = {case.protocol for case in cases.values()}
+        rows += compare(name, bids, bids / 'derivatives' / 'reference', protocol, out)
 
-    print('| scans | n | tissue mean | ' + ' | '.join((*TISSUES, 'L')) + ' |')
-    print('|---|---|---|' + '---|' * (len(TISSUES) + 1))
-    for name, scans in results.items():
-        print(f'| {name} | {len(scans)} | {line(scans.values())} |')
-    card = read_card(arguments.model)
-    record = {'model': card.name, 'sha256': card.sha256, 'part': part, 'dice': results}
+    lines = dice_table(sets, rows)
+    record: Row = {'model': card.name, 'sha256': card.sha256, 'part': part}
+    record['dice'] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        record['dice'][row['dataset']][row['scan']][row['region']] = row['dice']
+    if tissue in sets:
+        found = rescans(sets[tissue], out / tissue)
+        if found:
+            cells = ' | '.join(
+                f'{np.mean([person[name] for person in found.values()]):.2f}' for name in TISSUES
+            )
+            lines += ['', f'| volume difference of two scans, % | n | {" | ".join(TISSUES)} |']
+            lines += ['|---|---|' + '---:|' * 6, f'| {tissue} | {len(found)} | {cells} |']
+        record['rescan_percent'] = found
+        lesions = false_lesions(sets[tissue], out / tissue, data)
+        record['false_lesions_mm3'] = lesions
+        each = ', '.join(f'{value:.0f}' for value in sorted(lesions.values()))
+        lines += ['', f'Lesions in {len(lesions)} scans of healthy people under {YOUNG}, T1w: ']
+        lines[-1] += f'median {np.median([*lesions.values()]):.0f} mm3 ({each}).'
+    if part == 'test' and not arguments.sets:
+        same: dict[str, dict[str, float]] = {}
+        for row in agreement(data, out, arguments.model):
+            same.setdefault(row['scan'], {})[row['region']] = row['dice']
+        lines += ['', f'| openms, T1w against T1w+FLAIR, Dice | {" | ".join((*TISSUES, "L"))} |']
+        lines += ['|---|' + '---:|' * 7]
+        for scan, dice in same.items():
+            cells = ' | '.join(f'{dice.get(name, np.nan):.1f}' for name in (*TISSUES, 'L'))
+            lines.append(f'| {scan} | {cells} |')
+        record['agreement'] = same
+    text = '\n'.join(lines) + '\n'
+    sys.stdout.write(text)
+    (out / 'accuracy.md').write_text(text)
     (out / 'accuracy.json').write_text(json.dumps(record, indent=1))
-    write_tables(rows, out / 'tables')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Painted patients and controls as BIDS datasets: the ground on which the risk is measured.
 
-Whole heads (SynthSeg's label maps) become clinical scans of 1 x 1 x 3 mm, all of one scanner:
+SynthSeg's label maps become clinical scans of 1 x 1 x 3 mm, skull-stripped and all of one scanner:
 tissue looks alike in patients and controls, as the bound on the risk assumes (H4). Each patient
 has a T1w, a FLAIR, the lesions of one real mask, and a reference of both tissue and lesions; a
 training that declares the protocol with `tells = ['L']` never sees the tissue of it.
@@ -15,10 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import ndimage
 
 from bids_jointseg.cache import read_mask
 from bids_jointseg.image import load_labels, save
 from bids_jointseg.sampling import paint_head
+
+
+def brain_of(labels: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Return what a good tool leaves of a head: tissue, and the fluid in its folds."""
+    brain = ndimage.binary_closing(np.pad(np.isin(labels, range(1, 255)), 8), iterations=4)
+    return ndimage.binary_dilation(ndimage.binary_fill_holes(brain))[(slice(8, -8),) * 3]
 
 
 def paint(
@@ -70,11 +78,12 @@ def _paint_one(
     images, found, grid = paint_head(
         load_labels(labels), 'freesurfer', lesions, seed=seed, slice_mm=3, contrast_spread=0
     )
+    brain = brain_of(found)
     anat = root / f'sub-{head}' / 'anat'
     anat.mkdir(parents=True, exist_ok=True)
     for modality in modalities:
         path = anat / f'sub-{head}_{modality}.nii.gz'
-        save(path, images[modality], grid, dtype=np.int16, slope=1 / 500)
+        save(path, np.where(brain, images[modality], 0), grid, dtype=np.int16, slope=1 / 500)
     anat = root / 'derivatives' / 'painted' / f'sub-{head}' / 'anat'
     anat.mkdir(parents=True, exist_ok=True)
     save(anat / f'sub-{head}_dseg.nii.gz', found, grid, dtype=np.uint8)

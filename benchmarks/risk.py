@@ -7,8 +7,9 @@ Both train small models with `jointseg-train` on painted patients (:mod:`patient
 the training is not told, and score whole scans of people it has not seen.
 
 `agreement`: controls (T1w, tissue) and patients (T1w and FLAIR, lesions) with and without the
-unlabelled term R^t_1, with its options, over some seeds. Head 01 to 06 are controls, 07 to 12
-patients, 13 to 16 are tested.
+unlabelled term R^t_1, with its options, over some seeds. The arms of a seed go on from the same
+weights, learned without the term: its warm-up. Head 01 to 06 are controls, 07 to 12 patients, 13
+to 16 are tested.
 
 `table1`: the columns W, N and W+N of the paper's Table 1. N is the tissue of Neuromorphometrics,
 W the lesions of the patients painted from heads 01 to 16; tested are the permanent test people
@@ -23,7 +24,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,9 @@ GROUPS = {
     'patients-3': (['13', '14', '15', '16'], ['14', '15', '16', '17']),
     'patients-4': (['17', '18', '19', '20'], ['27', '28', '29', '30']),
 }
-ARMS = {
-    'without R^t_1': {'consistency_from': 1_000_000},
+WITHOUT = {'consistency_from': 1_000_000}
+ARMS: dict[str, dict[str, object]] = {
+    'without R^t_1': WITHOUT,
     'with R^t_1': {},
     'its target detached': {'stop_gradient': True},
     'lesion voxels in it': {'spare_lesions': False},
@@ -55,6 +57,7 @@ licence = 'for this measurement only'
 modalities = ['T1w', 'FLAIR']
 fractions = [1.0, 0.0, 0.0]
 """
+WARM_UP = 1000
 AGREEMENT = """\
 in_plane_mm = 2.0
 slice_mm = [3.0, 3.0]
@@ -63,16 +66,16 @@ window = [64, 80, 32]
 name = 'unet'
 channels = [8, 16, 32, 64]
 [training]
-steps = 900
+steps = 250
 validate_every = 100
-consistency_from = 400
+consistency_from = 0
 consistency_every = 2
 supervise_subsets = false
 average = 0.98
 [samples]
-window = [64, 80, 24]
+window = [48, 64, 24]
 intact_share = 0.5
-outside_share = 0.1
+outside_share = 0.0
 view_share = 0.0
 """
 TABLE1 = """\
@@ -124,24 +127,36 @@ test = ['0111', '0117', '0395', '0300', '0331']
 """
 
 
-def train(name: str, recipe: str, out: Path, work: Path) -> Path:
-    """Train a recipe, unless it is done, and return its table of scores."""
+def settings_with(settings: str, changes: Mapping[str, object]) -> str:
+    """Return a recipe's settings with others in its table [training]."""
+    lines = [
+        line
+        for line in settings.splitlines(keepends=True)
+        if line.partition(' =')[0] not in changes
+    ]
+    more = ''.join(f'{key} = {json.dumps(value)}\n' for key, value in changes.items())
+    return ''.join(lines).replace('[training]\n', f'[training]\n{more}')
+
+
+def train(name: str, recipe: str, out: Path) -> Path:
+    """Train a recipe, unless it is done, and return the folder of its model and scores."""
     folder = out / name.replace('^', '').replace(' ', '-')
-    scores = folder / 'evaluation' / 'scans.tsv'
-    if not scores.is_file():
+    done = folder / 'done'
+    if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'recipe.toml').write_text(recipe)
         code = 'import sys; from bids_jointseg.cli import train; sys.exit(train(sys.argv[1:]))'
         command = [sys.executable, '-c', code, str(folder / 'recipe.toml'), str(folder)]
-        command += ['--work-dir', str(work), '--device', 'cpu', '--nprocs', '1']
+        command += ['--work-dir', str(out / 'work'), '--device', 'cpu', '--nprocs', '1']
         environment = os.environ | {'OMP_NUM_THREADS': '1'}
         subprocess.run(command, check=True, env=environment)
-    return scores
+        done.touch()
+    return folder
 
 
-def read_scores(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table of scores."""
-    with path.open(newline='') as file:
+def read_scores(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a training's table of scores."""
+    with (folder / 'evaluation' / 'scans.tsv').open(newline='') as file:
         return list(csv.DictReader(file, delimiter='\t'))
 
 
@@ -170,21 +185,19 @@ def agreement(data: Path, out: Path, seeds: int, arms: int) -> None:
     paint(data, made / 'controls', GROUPS['patients-1'][0], [], ['T1w'], 100)
     for number, name in enumerate(('patients-2', 'patients-3'), start=2):
         paint(data, made / name, *GROUPS[name], PAINTED, 100 * number)
+    people = dataset(made / 'controls', told=TISSUE_ONLY)
+    people += dataset(made / 'patients-2', told=['L'])
+    test = dataset(made / 'patients-3', test=True)
     scores: dict[str, list[list[dict[str, str]]]] = {}
     for seed in range(seeds):
+        begin = settings_with(AGREEMENT, WITHOUT | {'seed': seed, 'steps': WARM_UP})
+        start = train(f'start {seed}', f"name = 'start'\n{COMMON}{begin}{people}", out)
         for arm, changes in chosen.items():
-            more = ''.join(f'{k} = {json.dumps(v)}\n' for k, v in changes.items())
-            settings = AGREEMENT
-            for key in changes:
-                lines = settings.splitlines(keepends=True)
-                settings = ''.join(line for line in lines if not line.startswith(f'{key} ='))
-            settings = settings.replace('[training]\n', f'[training]\nseed = {seed}\n{more}')
-            recipe = f"name = 'agreement'\n{COMMON}{settings}"
-            recipe += dataset(made / 'controls', told=TISSUE_ONLY)
-            recipe += dataset(made / 'patients-2', told=['L'])
-            recipe += dataset(made / 'patients-3', test=True)
-            path = train(f'{arm} {seed}', recipe, out, out / 'work')
-            scores.setdefault(arm, []).append(read_scores(path))
+            settings = settings_with(
+                AGREEMENT, changes | {'seed': seed, 'init': str(start / 'start.json')}
+            )
+            recipe = f"name = 'agreement'\n{COMMON}{settings}{people}{test}"
+            scores.setdefault(arm, []).append(read_scores(train(f'{arm} {seed}', recipe, out)))
     lines = ['| | | ' + ' | '.join(chosen) + ' |', '|---|---|' + '---:|' * arms]
     table = {}
     for regions, title in ((TISSUES, 'mean of six tissues'), (('L',), 'lesions')):
@@ -226,13 +239,12 @@ def table1(data: Path, out: Path) -> None:
     }
     rows = []
     for name, datasets in recipes.items():
-        settings = TABLE1
-        if name == 'W':  # lesions alone: no word about tissue
-            settings = settings.replace('consistency_from = 300', 'consistency_from = 1_000_000')
-        path = train(name, f"name = '{name}'\n{COMMON}{settings}{datasets}", out, out / 'work')
+        # Lesions alone say nothing about tissue: there is nothing to agree on.
+        settings = settings_with(TABLE1, WITHOUT if name == 'W' else {})
+        folder = train(name, f"name = '{name}'\n{COMMON}{settings}{datasets}", out)
         # What a column was not told it cannot say.
         told = {'N': TISSUES, 'W': ('L',)}.get(name, (*TISSUES, 'L'))
-        rows += [row for row in read_scores(path) if row['region'] in told]
+        rows += [row for row in read_scores(folder) if row['region'] in told]
     numbers = [{k: _number(v) for k, v in row.items()} for row in rows]
     for path in write_tables(numbers, out / 'table1'):
         sys.stdout.write(f'{path}\n')
