@@ -246,6 +246,8 @@ def read_person(
     path: Path,
     landmarks: Mapping[str, Sequence[float]] | None = None,
     tells: Sequence[str] = (),
+    *,
+    loose_edges: bool = False,
 ) -> Person:
     """Read one file of the cache.
 
@@ -257,6 +259,8 @@ def read_person(
         Modality -> landmarks of histogram scaling (:func:`bids_jointseg.image.normalise`).
     tells
         Classes that may be told apart; all if empty.
+    loose_edges
+        Voxels at the border of two labels may be of either (:func:`loosen`).
     """
     with np.load(path) as stored:
         arrays = dict(stored)
@@ -290,6 +294,8 @@ def read_person(
     if tells:
         hidden = np.uint8(bits(ALL - set(tells)))
         sets = np.where(sets & hidden, sets | hidden, sets)
+    if loose_edges:
+        sets = loosen(sets)
     return Person(
         dataset=str(arrays['dataset']),
         subject=str(arrays['subject']),
@@ -303,6 +309,27 @@ def read_person(
         counts=count,
         box=_box(inside),
     )
+
+
+def loosen(sets: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the sets of a label map whose borders are another convention's.
+
+    A voxel may be what its neighbours (those that share a face) may be. Lesions stay exact, and
+    what is around them is taken to lie in white matter.
+
+    Parameters
+    ----------
+    sets
+        Classes that each voxel may be of, uint8 (X, Y, Z).
+    """
+    lesion = sets == bits({'L'})
+    tissue = np.where(lesion, np.uint8(bits({'WM'})), sets)
+    found = tissue.copy()
+    for axis in range(sets.ndim):
+        here, there = found.swapaxes(0, axis), tissue.swapaxes(0, axis)
+        here[1:] |= there[:-1]
+        here[:-1] |= there[1:]
+    return np.where(lesion, sets, found)
 
 
 def _box(inside: NDArray[np.bool_]) -> np.ndarray:

@@ -59,6 +59,10 @@ class Source:
         The annotation is masks in MNI152 space whose lesions are painted into other datasets.
     lesions
         Whether those lesions are painted into this dataset, where it is painted.
+    loose_edges
+        Its labels meet elsewhere than those of the other datasets: a voxel at the border of two
+        may be of either, and where exactly it lies is learned from the others. Lesions are
+        exact.
     share
         Weight among the datasets of its stream; by default the number of its scans.
     validation, test
@@ -76,6 +80,7 @@ class Source:
     tells: tuple[str, ...] = ()
     lesion_masks: bool = False
     lesions: bool = True
+    loose_edges: bool = False
     share: float | None = None
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()

@@ -78,7 +78,9 @@ class Cohort:
     def exact(self) -> bool:
         """Whether each label is one group, or says nothing."""
         labels = self.source.labels
-        return labels is None or set(labels.sets.values()) <= {*self.groups, ALL}
+        if labels is None:
+            return True
+        return not self.source.loose_edges and set(labels.sets.values()) <= {*self.groups, ALL}
 
     @cached_property
     def tells_tissue(self) -> bool:

@@ -795,7 +795,9 @@ def read_data(
             Cohort(
                 source,
                 tuple(
-                    read_person(path, landmarks, source.tells)
+                    read_person(
+                        path, landmarks, source.tells, loose_edges=source.loose_edges
+                    )
                     for path in chosen[part][source.name]
                 ),
             )

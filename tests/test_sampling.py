@@ -17,6 +17,7 @@ from bids_jointseg.cache import (
     Person,
     cached_file,
     cached_files,
+    loosen,
     painted_grid,
     raw_images,
     read_mask,
@@ -101,6 +102,37 @@ def same(a: Sample, b: Sample) -> bool:
 
 # ---------------------------------------------------------------------------------------------
 # The cache
+
+
+def test_loose_edges_leave_open_what_lies_on_a_border():
+    w, g, b, lesion = WHITE, GRAY, BACKGROUND, LESION
+    row = np.array([b, b, g, g, g, w, w, lesion, w], np.uint8)[:, None, None]
+    expected = [b, b | g, b | g, g, g | w, g | w, w, lesion, w]
+    assert loosen(row).ravel().tolist() == expected
+    assert loosen(row.swapaxes(0, 2)).ravel().tolist() == expected
+    assert row[1] == b  # not changed in place
+
+
+def test_samples_with_loose_edges_are_told_nothing_at_borders(tmp_path):
+    path = write(tmp_path / 'a.npz', draw_sets())
+    strict, loose = read_person(path), read_person(path, loose_edges=True)
+    told = []
+    for person, source in ((strict, FULL), (loose, replace(FULL, loose_edges=True))):
+        sample = windows(person, source=source, settings=replace(PLAIN, lesion_centre=1.0))[0]
+        known = sample.valid.expand_as(sample.target)
+        assert set((sample.target * known).sum(0).unique().tolist()) <= {0, 1}
+        told.append((sample.target, known))
+    (target, everywhere), (_, inside) = told
+    assert everywhere.all()
+    open_ = (inside == 0).sum(0)
+    assert set(open_.unique().tolist()) <= {0, 2, 3}
+    assert (open_ > 0).any()
+    # What is open holds the truth, and lesions are never open.
+    truth = target.argmax(0)
+    assert (torch.gather(inside, 0, truth[None])[0][open_ > 0] == 0).all()
+    lesion = FULL.labels.atoms().index({'L'})
+    assert target[lesion].any()
+    assert inside[lesion].all()
 
 
 def test_a_cached_scan_is_read_back(tmp_path):
