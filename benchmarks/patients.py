@@ -1,9 +1,10 @@
 """Painted patients and controls as BIDS datasets: the ground on which the risk is measured.
 
-SynthSeg's label maps become clinical scans of 1 x 1 x 3 mm, skull-stripped and all of one scanner:
-tissue looks alike in patients and controls, as the bound on the risk assumes (H4). Each patient
-has a T1w, a FLAIR, the lesions of one real mask, and a reference of both tissue and lesions; a
-training that declares the protocol with `tells = ['L']` never sees the tissue of it.
+SynthSeg's label maps become clinical scans of 1 x 1 x 3 mm: whole heads, each of another scanner,
+or, where they are to be alike, skull-stripped and all of one: tissue then looks the same in
+patients and controls, as the bound on the risk assumes (H4). Each patient has a T1w, a FLAIR,
+the lesions of one real mask, and a reference of both tissue and lesions; a training that
+declares the protocol with `tells = ['L']` never sees the tissue of it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ def brain_of(labels: NDArray[np.integer]) -> NDArray[np.bool_]:
 
 
 def paint(
-    data: Path, root: Path, heads: list[str], masks: list[str], modalities: list[str], seed: int
+    data: Path,
+    root: Path,
+    heads: list[str],
+    masks: list[str],
+    modalities: list[str],
+    seed: int,
+    *,
+    alike: bool = False,
 ) -> None:
     """Make one dataset, unless it is there.
 
@@ -48,13 +56,17 @@ def paint(
         That are kept.
     seed
         Of the first head; the others follow.
+    alike
+        Skull-stripped, and all of one scanner.
     """
     if (root / 'dataset_description.json').is_file():
         return
     with ProcessPoolExecutor(2, get_context('forkserver')) as pool:
         mask = masks or [''] * len(heads)
         jobs = [
-            pool.submit(_paint_one, data, root, head, mask[i % len(mask)], modalities, seed + i)
+            pool.submit(
+                _paint_one, data, root, head, mask[i % len(mask)], modalities, seed + i, alike
+            )
             for i, head in enumerate(heads)
         ]
         for job in jobs:
@@ -67,7 +79,7 @@ def paint(
 
 
 def _paint_one(
-    data: Path, root: Path, head: str, mask: str, modalities: list[str], seed: int
+    data: Path, root: Path, head: str, mask: str, modalities: list[str], seed: int, alike: bool
 ) -> None:
     torch.set_num_threads(1)
     (labels,) = (data / 'heads' / f'sub-{head}').rglob('*_dseg.nii.gz')
@@ -76,14 +88,19 @@ def _paint_one(
         (path,) = (data / 'openms-mni' / f'sub-{mask}').rglob('*_label-lesion_mask.nii.gz')
         lesions = [read_mask(path)]
     images, found, grid = paint_head(
-        load_labels(labels), 'freesurfer', lesions, seed=seed, slice_mm=3, contrast_spread=0
+        load_labels(labels),
+        'freesurfer',
+        lesions,
+        seed=seed,
+        slice_mm=3,
+        contrast_spread=0.0 if alike else 1.0,
     )
-    brain = brain_of(found)
+    shown = brain_of(found) if alike else np.ones(found.shape, bool)
     anat = root / f'sub-{head}' / 'anat'
     anat.mkdir(parents=True, exist_ok=True)
     for modality in modalities:
         path = anat / f'sub-{head}_{modality}.nii.gz'
-        save(path, np.where(brain, images[modality], 0), grid, dtype=np.int16, slope=1 / 500)
+        save(path, np.where(shown, images[modality], 0), grid, dtype=np.int16, slope=1 / 500)
     anat = root / 'derivatives' / 'painted' / f'sub-{head}' / 'anat'
     anat.mkdir(parents=True, exist_ok=True)
     save(anat / f'sub-{head}_dseg.nii.gz', found, grid, dtype=np.uint8)

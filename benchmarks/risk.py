@@ -182,9 +182,9 @@ def agreement(data: Path, out: Path, seeds: int, arms: int) -> None:
     """Compare the first arms and write a table."""
     chosen = dict(list(ARMS.items())[:arms])
     made = out / 'data'
-    paint(data, made / 'controls', GROUPS['patients-1'][0], [], ['T1w'], 100)
+    paint(data, made / 'controls', GROUPS['patients-1'][0], [], ['T1w'], 100, alike=True)
     for number, name in enumerate(('patients-2', 'patients-3'), start=2):
-        paint(data, made / name, *GROUPS[name], PAINTED, 100 * number)
+        paint(data, made / name, *GROUPS[name], PAINTED, 100 * number, alike=True)
     people = dataset(made / 'controls', told=TISSUE_ONLY)
     people += dataset(made / 'patients-2', told=['L'])
     test = dataset(made / 'patients-3', test=True)
