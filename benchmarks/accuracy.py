@@ -276,20 +276,28 @@ def main() -> None:
     card = read_card(arguments.model)
 
     tissue = 'neuromorphometrics_T1w'
+    ways = ['_'.join(inputs) for inputs in INPUTS]
+    known = [tissue, *(f'{name}_{way}' for name in ('heads', 'stripped') for way in ways)]
+    if part == 'test':
+        known += [*(f'patient_{way}' for way in ways), 'openms']
+    wanted = arguments.sets or known
+    if not set(wanted) <= set(known):
+        options.error(f'--sets: the {part} part has {", ".join(known)}')
     patients = sources['openms-mni']
-    heads = paint_heads(sources['heads'], patients, data, part, out / 'painted')
-    several = {'heads': heads, 'stripped': strip(heads, out / 'stripped')}
+    several = {}
+    if any(name.startswith(('heads', 'stripped')) for name in wanted):
+        heads = paint_heads(sources['heads'], patients, data, part, out / 'painted')
+        several = {'heads': heads, 'stripped': strip(heads, out / 'stripped')}
     if part == 'test':
         several['patient'] = real_patient(patients, data)
     sets = {tissue: tissue_scans(sources['neuromorphometrics'], data, part)} | {
-        f'{name}_{"_".join(inputs)}': {
+        f'{name}_{way}': {
             subject: replace(case, images={key: case.images[key] for key in inputs})
             for subject, case in cases.items()
         }
         for name, cases in several.items()
-        for inputs in INPUTS
+        for way, inputs in zip(ways, INPUTS, strict=True)
     }
-    wanted = arguments.sets or [*sets, *['openms'] * (part == 'test')]
     sets = {name: cases for name, cases in sets.items() if name in wanted}
     rows = []
     for name, cases in sets.items():
