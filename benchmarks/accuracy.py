@@ -307,7 +307,7 @@ def main() -> None:
         (protocol,) = {case.protocol for case in cases.values()}
         rows += compare(name, bids, bids / 'derivatives' / 'reference', protocol, out)
 
-    lines = dice_table(sets, rows)
+    lines = dice_table(sets, rows) if sets else []
     record: Row = {'model': card.name, 'sha256': card.sha256, 'part': part}
     record['dice'] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -336,7 +336,7 @@ def main() -> None:
             cells = ' | '.join(f'{dice.get(name, np.nan):.1f}' for name in (*TISSUES, 'L'))
             lines.append(f'| {scan} | {cells} |')
         record['agreement'] = same
-    text = '\n'.join(lines) + '\n'
+    text = '\n'.join(lines).strip() + '\n'
     sys.stdout.write(text)
     (out / 'accuracy.md').write_text(text)
     (out / 'accuracy.json').write_text(json.dumps(record, indent=1))
