@@ -79,6 +79,9 @@ class Settings:
         Of the cross-entropy beside the overlap.
     consistency_from, consistency_every
         Warm-up of the unlabelled term, and the iterations between two of them.
+    lesions_every
+        Iterations between two batches of the people whose annotation tells lesions, where there
+        are others whose tissue is told: every iteration has one of these.
     subsets
         Sets of modalities whose answer is compared with that of all; by default every one.
     stop_gradient
@@ -113,6 +116,7 @@ class Settings:
     entropy_weight: float = 1.0
     consistency_from: int = 800
     consistency_every: int = 8
+    lesions_every: int = 1
     subsets: tuple[tuple[str, ...], ...] = ()
     stop_gradient: bool = False
     spare_lesions: bool = True
@@ -301,16 +305,12 @@ def run(
             )
         LOGGER.info('%s: going on from step %d', checkpoint, state.step)
     first = state.step
+    data = labelled if unlabelled is None else {**labelled, 'unlabelled': unlabelled}
+    turns = {name: _Turns(settings, name, alone=len(labelled) == 1) for name in data}
     streams = {
-        name: _stream(data, range(first, settings.steps), settings, workers, together)
-        for name, data in labelled.items()
+        name: _stream(data[name], turns[name].numbers(first), settings, workers, together)
+        for name in data
     }
-    pairs = None
-    if unlabelled is not None:
-        every, start = settings.consistency_every, settings.consistency_from
-        coming = [step for step in range(first, settings.steps) if _consistency(settings, step)]
-        turns = [(step - start) // every for step in coming]
-        pairs = _stream(unlabelled, turns, settings, workers, together)
     risk = _Risk(settings, device, together.total)
     finished = state.step >= settings.steps or _stale(settings, state)
     begun = time.monotonic()
@@ -320,9 +320,11 @@ def run(
             state.network.train()
             for group in state.optimiser.param_groups:
                 group['lr'] = settings.rate * _schedule(settings, state.step)
-            batches = {name: next(stream) for name, stream in streams.items()}
-            if pairs is not None and _consistency(settings, state.step):
-                batches['unlabelled'] = next(pairs)
+            batches = {
+                name: next(stream)
+                for name, stream in streams.items()
+                if turns[name].number(state.step) is not None
+            }
             for name, batch in batches.items():
                 loss, parts = risk(state.network, batch, state.step, name)
                 state.scaler.scale(loss).backward()
@@ -390,6 +392,7 @@ class _Risk:
 
     def __init__(self, settings: Settings, device: str, total: Total) -> None:
         self.settings, self.device = settings, device
+        self.agreement = _Turns(settings, 'unlabelled')
         self.options: dict[str, Any] = {'overlap': OVERLAPS[settings.overlap], 'total': total}
 
     def __call__(
@@ -414,7 +417,8 @@ class _Risk:
 
         if told:
             risks[name] = supervised(everything)
-        if not tells_tissue(batch.groups) and len(batch.images) > 1 and _consistency(s, step):
+        agree = len(batch.images) > 1 and self.agreement.number(step) is not None
+        if agree and not tells_tissue(batch.groups):
             choices = s.subsets or subsets(tuple(batch.images))
             chosen = choices[int(np.random.default_rng((s.seed, 9, step)).integers(len(choices)))]
             some = probabilities(network, {name: batch.images[name] for name in chosen})
@@ -437,10 +441,25 @@ class _Risk:
         return torch.where(known > 0, drawn, believed)
 
 
-def _consistency(settings: Settings, step: int) -> bool:
-    """Return whether an iteration has the unlabelled term."""
-    turn, rest = divmod(step - settings.consistency_from, settings.consistency_every)
-    return turn >= 0 and rest == 0
+class _Turns:
+    """In which iterations a stream gives a batch, and which of its batches that is."""
+
+    def __init__(self, settings: Settings, name: str, *, alone: bool = False) -> None:
+        self.steps, self.start, self.every = settings.steps, 0, 1
+        if name == 'unlabelled':
+            self.start, self.every = settings.consistency_from, settings.consistency_every
+        elif name == 'lesions' and not alone:
+            self.every = settings.lesions_every
+
+    def number(self, step: int) -> int | None:
+        """Return the number of the batch of an iteration, or None if it has none."""
+        turn, rest = divmod(step - self.start, self.every)
+        return turn if turn >= 0 and rest == 0 else None
+
+    def numbers(self, first: int) -> list[int]:
+        """Return the numbers of the batches from iteration `first` on."""
+        found = (self.number(step) for step in range(first, self.steps))
+        return [number for number in found if number is not None]
 
 
 def _stale(settings: Settings, state: _State) -> bool:

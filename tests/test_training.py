@@ -415,6 +415,27 @@ def moved(module: torch.nn.Module) -> bool:
     return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
 
 
+def test_patients_can_come_more_rarely_than_controls(tmp_path):
+    drawn = {'tissue': [], 'lesions': []}
+
+    class Counted(Blocks):
+        def __getitem__(self, number: int) -> Sample:
+            drawn['tissue' if self.groups == SINGLE else 'lesions'].append(number)
+            return super().__getitem__(number)
+
+    labelled = {
+        'tissue': Counted(('T1w',), SINGLE),
+        'lesions': Counted(('T1w', 'FLAIR'), LESIONS),
+    }
+    settings = replace(SMALL, steps=7, lesions_every=3)
+    run(settings, labelled, None, [], tmp_path / 'both', workers=0)
+    assert drawn == {'tissue': [*range(7)], 'lesions': [0, 1, 2]}
+    drawn['lesions'].clear()
+    del labelled['tissue']
+    run(settings, labelled, None, [], tmp_path / 'alone', workers=0)
+    assert drawn['lesions'] == [*range(7)], 'an iteration without a batch teaches nothing'
+
+
 def test_stop_gradient_teaches_the_subset_alone():
     settings = replace(SMALL, subsets=(('T1w',),))
     for stop in (False, True):
