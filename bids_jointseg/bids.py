@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from bids_jointseg import __version__
 from bids_jointseg.config import Settings
 from bids_jointseg.labels import CLASSES, LABELS
+from bids_jointseg.lesions import zone_volumes
 from bids_jointseg.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -591,6 +592,8 @@ def expected(scan: Scan, level: str) -> tuple[str, ...]:
         images += ['desc-brain_mask', 'seg-jointseg_desc-entropy_probseg']
         images += [f'seg-jointseg_label-{name}_probseg' for name in CLASSES[1:]]
         images += [f'desc-preproc_{reference}']
+        if scan.t1w is not None:
+            images += ['desc-lesionfilled_T1w']
         if paired:
             images += ['space-T1w_desc-preproc_FLAIR']
             transforms += [
@@ -615,6 +618,9 @@ DESCRIPTIONS = {
     ),
     'desc-preproc_T1w': 'T1w as it was segmented, on its own grid, original intensities',
     'desc-preproc_FLAIR': 'FLAIR as it was segmented, original intensities',
+    'desc-lesionfilled_T1w': (
+        'T1w whose lesions have the intensities of the white matter around them'
+    ),
 } | {
     f'seg-jointseg_label-{label.abbreviation}_probseg': f'Probability of: {label.name}'
     for label in LABELS[1:]
@@ -640,6 +646,11 @@ VOLUME_COLUMNS = {
     'index': {'Description': 'Value of the class in the segmentation'},
     'name': {'Description': 'Abbreviation of the class, as in seg-jointseg_dseg.tsv'},
     'volume_mm3': {'Description': 'Volume of the voxels with this label', 'Units': 'mm^3'},
+    'low_mm3': {
+        'Description': 'Lower end of the interval in which 95 % of repeated scans would lie',
+        'Units': 'mm^3',
+    },
+    'high_mm3': {'Description': 'Upper end of that interval', 'Units': 'mm^3'},
     'percent_of_brain': {
         'Description': 'Volume relative to that of all classes together',
         'Units': '%',
@@ -648,6 +659,21 @@ VOLUME_COLUMNS = {
 LESION_COLUMNS = {
     'lesion': {'Description': 'Number of the lesion, the largest first'},
     'volume_mm3': {'Description': 'Volume', 'Units': 'mm^3'},
+    'diameter_mm': {'Description': 'Longest diameter', 'Units': 'mm'},
+    'zone': {
+        'Description': 'Where it lies, by the labels around it',
+        'Levels': {
+            'periventricular': 'at most 3 mm from a ventricle',
+            'juxtacortical': 'touches the cortex, and no ventricle',
+            'infratentorial': 'most of what it touches is brainstem or cerebellum',
+            'deep': 'none of these',
+        },
+    },
+    'probability': {'Description': 'Mean over its voxels of the probability of lesion'},
+    'agreement': {
+        'Description': 'Mean over its voxels of the share of the members of the ensemble that '
+        'call them lesion'
+    },
     'x_mm': {'Description': 'Centroid, towards the right of the patient', 'Units': 'mm'},
     'y_mm': {'Description': 'Centroid, towards the front', 'Units': 'mm'},
     'z_mm': {'Description': 'Centroid, upwards', 'Units': 'mm'},
@@ -661,7 +687,8 @@ def write_tables(
     bids_dir: Path,
     *,
     volumes: Mapping[str, float],
-    lesions: Sequence[Mapping[str, float]],
+    intervals: Mapping[str, tuple[float, float] | None],
+    lesions: Sequence[Mapping[str, Any]],
     flags: Sequence[str],
     configuration: Mapping[str, Any],
 ) -> None:
@@ -671,8 +698,10 @@ def write_tables(
     ----------
     volumes
         Abbreviation -> mm^3.
+    intervals
+        Abbreviation or `brain` -> low and high end in mm^3, or None where nothing is known.
     lesions
-        Rows of :func:`.image.lesion_table`.
+        Rows of :func:`.lesions.measure_lesions`.
     flags
         What a reader should look at.
     configuration
@@ -682,7 +711,7 @@ def write_tables(
     table = derivative(out_dir, scan, 'desc-lesions_morph.json')
     rows = [
         {
-            key: round(value, 2) if key.endswith(('_mm', '_mm3')) else value
+            key: 'n/a' if value is None else round(value, 3) if isinstance(value, float) else value
             for key, value in row.items()
         }
         for row in lesions
@@ -698,6 +727,7 @@ def write_tables(
             'index': label.index,
             'name': label.abbreviation,
             'volume_mm3': round(volumes[label.abbreviation], 2),
+            **_ends(intervals[label.abbreviation]),
             'percent_of_brain': round(100 * volumes[label.abbreviation] / brain, 4)
             if brain
             else 0.0,
@@ -709,12 +739,22 @@ def write_tables(
     record = {
         'Sources': sources,
         'brain_volume_mm3': round(brain, 2),
+        **{f'brain_{name}': value for name, value in _ends(intervals['brain']).items()},
         'lesion_count': len(lesions),
+        'lesion_zones': zone_volumes(lesions),
         'flags': list(flags),
         'configuration': dict(configuration),
         'columns': VOLUME_COLUMNS,
     }
     write_json(table, record)
+
+
+def _ends(interval: tuple[float, float] | None) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {
+        name: 'n/a' if value is None else round(value, 2)
+        for name, value in (('low_mm3', low), ('high_mm3', high))
+    }
 
 
 def is_complete(out_dir: Path, scan: Scan, level: str, configuration: Mapping[str, Any]) -> bool:

@@ -1002,37 +1002,34 @@ def volumes_mm3(label_map: NDArray[Any], grid: Grid) -> dict[str, float]:
     return {label.abbreviation: float(counts[label.index] * voxel) for label in LABELS[1:]}
 
 
-def lesion_table(lesion_mask: NDArray[Any], grid: Grid) -> list[dict[str, float]]:
-    """Measure every lesion: a group of voxels that touch at least at a corner (26-connected).
+def doubt_mm3(
+    probabilities: NDArray[Any], label_map: NDArray[Any], grid: Grid
+) -> dict[str, float]:
+    r"""Return the volume of each label that is expected to be wrong, if the probabilities hold.
+
+    .. math:: \sum_{v: y_v = c} (1 - p_{vc}) + \sum_{v: y_v \ne c} p_{vc}
 
     Parameters
     ----------
-    lesion_mask
-        (X, Y, Z), true within lesions.
+    probabilities
+        (C, X, Y, Z).
+    label_map
+        (X, Y, Z), made of them.
     grid
-        Where the voxels lie.
+        Theirs.
 
     Returns
     -------
-    list[dict[str, float]]
-        Largest first: ``lesion`` (1, 2, ...), ``volume_mm3``, centroid ``x_mm``, ``y_mm``,
-        ``z_mm`` in RAS, ``voxels``.
+    dict[str, float]
+        Abbreviation -> mm^3, and the same for all of them together as ``brain``.
     """
-    parts, count = ndimage.label(lesion_mask, np.ones((3, 3, 3)))
-    if not count:
-        return []
     voxel = abs(float(np.linalg.det(grid.affine[:3, :3])))
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    centres = ndimage.center_of_mass(parts > 0, parts, np.arange(1, count + 1))
-    centres = _apply(grid.affine, np.array(centres))
-    return [
-        {
-            'lesion': rank,
-            'volume_mm3': float(sizes[part] * voxel),
-            'x_mm': float(centres[part, 0]),
-            'y_mm': float(centres[part, 1]),
-            'z_mm': float(centres[part, 2]),
-            'voxels': int(sizes[part]),
-        }
-        for rank, part in enumerate(np.argsort(-sizes, kind='stable'), start=1)
-    ]
+    found = {}
+    for channel, label in enumerate(LABELS[1:], start=1):
+        inside, p = label_map == label.index, probabilities[channel]
+        sure = p[inside].sum(dtype=np.float64)
+        found[label.abbreviation] = float(inside.sum() - 2 * sure + p.sum(dtype=np.float64))
+    inside, p = label_map > 0, probabilities[0]
+    sure = inside.sum() - p[inside].sum(dtype=np.float64)
+    found['brain'] = float(inside.sum() - 2 * sure + (p.size - p.sum(dtype=np.float64)))
+    return {name: max(0.0, value) * voxel for name, value in found.items()}

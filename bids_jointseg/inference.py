@@ -64,8 +64,10 @@ def predict(
     mirror: int | None = None,
     device: str = 'auto',
     threads: int | None = None,
-) -> NDArray[np.float32]:
-    """Return the probability of each class at each voxel.
+) -> list[NDArray[np.float32]]:
+    """Return the probability of each class at each voxel, as each member of the ensemble sees it.
+
+    The members are one network that looks at the images and, if asked, at their mirror images.
 
     Parameters
     ----------
@@ -77,8 +79,7 @@ def predict(
         Largest window in voxels, for a network whose normalisation depends on its size; by
         default as many slices as memory allows.
     mirror
-        Left-right axis: the answer is the mean of the images' and of their mirror images'. None
-        takes half of the time.
+        Left-right axis, for a second member. None takes half of the time.
     device
         `auto` takes a GPU if there is one. A GPU that runs out of memory hands over to the CPU.
     threads
@@ -86,8 +87,8 @@ def predict(
 
     Returns
     -------
-    NDArray[np.float32]
-        `(C, X, Y, Z)`.
+    list[NDArray[np.float32]]
+        `(C, X, Y, Z)` of each member; :func:`combine` makes one answer of them.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -106,15 +107,46 @@ def _both_ways(
     window: Sequence[int] | None,
     mirror: int | None,
     device: torch.device,
+) -> list[NDArray[np.float32]]:
+    """Return the answers for the images and, if asked, for their mirror images."""
+    members = [_predict(network, images, window, device)]
+    if mirror is not None:
+        mirrored = {name: np.flip(image, mirror) for name, image in images.items()}
+        members.append(np.flip(_predict(network, mirrored, window, device), mirror + 1))
+    return members
+
+
+def combine(
+    members: Sequence[NDArray[np.float32]], temperature: float = 1.0
 ) -> NDArray[np.float32]:
-    """Return the mean of the answers for the images and, if asked, for their mirror images."""
-    found = _predict(network, images, window, device)
-    if mirror is None:
-        return found
-    mirrored = {name: np.flip(image, mirror) for name, image in images.items()}
-    found += np.flip(_predict(network, mirrored, window, device), mirror + 1)
-    found /= 2
-    return found
+    r"""Return the mean of the members, calibrated: :math:`p^{1/T}`, normalised again.
+
+    Scaling the temperature (Guo et al., ICML 2017) changes how sure an answer is, and no label.
+
+    Parameters
+    ----------
+    members
+        `(C, X, Y, Z)` each.
+    temperature
+        :math:`T`, of the model's card.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        `(C, X, Y, Z)`.
+    """
+    mean = np.asarray(sum(members[1:], members[0]) / np.float32(len(members)))
+    if temperature != 1.0:
+        mean **= np.float32(1 / temperature)
+        mean /= mean.sum(axis=0)
+    return mean
+
+
+def agreement(members: Sequence[NDArray[np.float32]], name: str) -> NDArray[np.float32]:
+    """Return the share of the members that call a voxel `name`, `(X, Y, Z)`."""
+    channel = CLASSES.index(name)
+    votes = [member.argmax(axis=0) == channel for member in members]
+    return np.mean(votes, axis=0, dtype=np.float32)
 
 
 def _predict(

@@ -12,6 +12,7 @@ One pass or two, T1w or FLAIR or both: everything here loops over what there is.
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from bids_jointseg import bids, image, reports
+from bids_jointseg import bids, image, lesions, reports
 from bids_jointseg.card import ModelError, read_card
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import CLASSES, LABELS
@@ -288,6 +289,7 @@ class _SegmentInput(BaseInterfaceInputSpec):
     passes = InputMultiObject(File(), mandatory=True)
     model = traits.Str(mandatory=True, nohash=True, desc="the model's card")
     sha256 = traits.Str(mandatory=True, desc='of the weights: they decide, not where they lie')
+    temperature = traits.Float(1.0, usedefault=True, desc='of the calibration')
     fast = traits.Bool(False, usedefault=True, desc='without the mirror images')
     device = traits.Str('auto', usedefault=True, nohash=True)
     threads = traits.Int(1, usedefault=True, nohash=True)
@@ -302,7 +304,7 @@ class Segment(SimpleInterface):
     output_spec = _PassesOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.inference import predict
+        from bids_jointseg.inference import agreement, combine, predict
         from bids_jointseg.network import load_model
 
         inputs = self.inputs
@@ -313,7 +315,7 @@ class Segment(SimpleInterface):
             images = _load(path)
             affine = images.pop('affine')
             grid = Grid(next(iter(images.values())).shape, affine)
-            probabilities = predict(
+            members = predict(
                 network,
                 images,
                 window=card.window,
@@ -322,8 +324,11 @@ class Segment(SimpleInterface):
                 threads=inputs.threads,
             )
             # Half precision resolves far more than the 1/255 that is written in the end.
-            half = probabilities.astype(np.float16)
-            passes.append(_save(Path(path).stem, affine=affine, probabilities=half))
+            half = combine(members, inputs.temperature).astype(np.float16)
+            votes = agreement(members, 'L').astype(np.float16)
+            passes.append(
+                _save(Path(path).stem, affine=affine, probabilities=half, agreement=votes)
+            )
         self._results['passes'] = passes
         return runtime
 
@@ -341,6 +346,8 @@ class _ToNativeOutput(TraitedSpec):
     flair_labels = File(desc='(X, Y, Z) uint8 on the grid of the FLAIR')
     probabilities = File(desc='(C, X, Y, Z) uint8, 255 is 1, on the grid of the reference')
     entropy = File(desc='(X, Y, Z) float16 on the grid of the reference')
+    lesion = File(desc='(2, X, Y, Z) float16 there: probability of L, agreement on it')
+    doubt_mm3 = traits.Dict(desc='label -> volume that the probabilities leave in doubt')
 
 
 class ToNative(SimpleInterface):
@@ -352,11 +359,13 @@ class ToNative(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         inputs = self.inputs
         between = _between(inputs.transform)
-        passes = {}
+        passes, votes = {}, {}
         for path in inputs.passes:
             arrays = _load(path)
             grid = Grid(arrays['probabilities'].shape[1:], arrays['affine'])
             passes[Path(path).stem] = (image.keep_brain(arrays['probabilities'], grid), grid)
+            votes[Path(path).stem] = Volume(arrays['agreement'].astype(np.float32), grid)
+        lesional = 'FLAIR' if 'FLAIR' in votes else 'T1w'
         for number, (target, volume) in enumerate(_load_volumes(inputs).items()):
             joint = image.joint_probabilities(
                 passes,
@@ -365,8 +374,15 @@ class ToNative(SimpleInterface):
                 threads=1,
             )
             name = f'{target.lower()}_labels'
-            self._results[name] = _save_array(name, image.label_map(joint))
+            labels = image.label_map(joint)
+            self._results[name] = _save_array(name, labels)
             if number == 0:  # the reference
+                self._results['doubt_mm3'] = image.doubt_mm3(joint, labels, volume.grid)
+                agreed = image.resample(
+                    votes[lesional], volume.grid, between[target, lesional], threads=1
+                )
+                lesion = np.stack([joint[CLASSES.index('L')], agreed]).astype(np.float16)
+                self._results['lesion'] = _save_array('lesion', lesion)
                 self._results['entropy'] = _save_array(
                     'entropy', entropy(joint).astype(np.float16)
                 )
@@ -409,6 +425,9 @@ class _WriteInput(BaseInterfaceInputSpec):
     flair_labels = File()
     probabilities = File()
     entropy = File(mandatory=True)
+    lesion = File(mandatory=True, desc='probability of L and agreement on it')
+    doubt_mm3 = traits.Dict(mandatory=True)
+    repeatability = traits.Dict({}, usedefault=True, desc='of the card')
     flags = traits.List(traits.Str, [], usedefault=True, desc='of the check')
     alignment_flags = traits.List(traits.Str, [], usedefault=True, desc='of the registration')
 
@@ -442,7 +461,7 @@ class WriteDerivatives(SimpleInterface):
         def write(suffix: str, data: NDArray[Any], name: str = reference, **options: Any) -> None:
             path = bids.derivative(out_dir, scan, suffix)
             record = bids.sidecar(scan, suffix, bids_dir)
-            if 'desc-preproc' in suffix:
+            if re.search('desc-(preproc|lesionfilled)', suffix):
                 record['SkullStripped'] = stripped
             options.setdefault('dtype', np.uint8)
             image.save(path, data, volumes[name].grid, like=files[name], **options)
@@ -472,6 +491,10 @@ class WriteDerivatives(SimpleInterface):
                     data = image.resample(volume, grid, between[reference, name], threads=1)
                 slope = (float(np.abs(data).max()) or 1.0) / np.iinfo(np.int16).max
                 write(f'{space}desc-preproc_{name}.nii.gz', data, dtype=np.int16, slope=slope)
+            if 'T1w' in volumes:
+                filled = lesions.fill_lesions(volumes['T1w'].data, own, grid)
+                slope = (float(np.abs(filled).max()) or 1.0) / np.iinfo(np.int16).max
+                write('desc-lesionfilled_T1w.nii.gz', filled, dtype=np.int16, slope=slope)
             if len(volumes) == 2:
                 for start, end in (('FLAIR', 'T1w'), ('T1w', 'FLAIR')):
                     # ITK maps points against the direction in which the image moves.
@@ -479,7 +502,10 @@ class WriteDerivatives(SimpleInterface):
                     path = bids.derivative(out_dir, scan, suffix)
                     image.save_itk(between[end, start], path)
 
-        lesions = image.lesion_table(own == LESION, grid)
+        probability, agreement = np.load(inputs.lesion)
+        found = lesions.measure_lesions(
+            own, grid, probability=probability, agreement=agreement
+        )
         flags = [
             *scan.notes,
             *inputs.flags,
@@ -491,12 +517,32 @@ class WriteDerivatives(SimpleInterface):
             scan,
             bids_dir,
             volumes=image.volumes_mm3(own, grid),
-            lesions=lesions,
+            intervals=intervals(image.volumes_mm3(own, grid), inputs),
+            lesions=found,
             flags=flags,
             configuration=dict(inputs.configuration),
         )
         self._results['summary'] = str(summary)
         return runtime
+
+
+def intervals(
+    volumes: Mapping[str, float], inputs: Any
+) -> dict[str, tuple[float, float] | None]:
+    """Return label (or `brain`) -> the interval in which 95 % of repeated scans' volumes lie.
+
+    Half of it is the volume in doubt times the factor of the model's card; None without one.
+    """
+    known = {**volumes, 'brain': sum(volumes.values())}
+    return {
+        name: (
+            max(0.0, value - inputs.repeatability[name] * inputs.doubt_mm3[name]),
+            value + inputs.repeatability[name] * inputs.doubt_mm3[name],
+        )
+        if name in inputs.repeatability
+        else None
+        for name, value in known.items()
+    }
 
 
 def skull_stripped(volume: Volume, brain: NDArray[np.bool_]) -> bool:

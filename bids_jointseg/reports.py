@@ -33,6 +33,7 @@ from scipy import ndimage
 
 from bids_jointseg import __version__
 from bids_jointseg.bids import (
+    LESION_COLUMNS,
     DataError,
     entities,
     write_bytes,
@@ -42,6 +43,7 @@ from bids_jointseg.bids import (
 )
 from bids_jointseg.image import Grid, Volume, foreground
 from bids_jointseg.labels import LABELS, Label
+from bids_jointseg.lesions import ZONES
 from bids_jointseg.metrics import bland_altman
 
 if TYPE_CHECKING:
@@ -910,6 +912,123 @@ def _ticks(low: float, high: float, count: int = 5) -> NDArray[np.float64]:
     return np.round(np.arange(first, last + 1) * step, 10)
 
 
+# -------------------------------------------------------------------------------------- change
+
+CHANGES = {
+    'new': ('#d55e00', 'apart from every earlier lesion, and large and sure enough'),
+    'enlarged': ('#f0e442', 'larger, by more than its surface leaves in doubt'),
+    'shrunk': ('#009e73', 'smaller, by more than its surface leaves in doubt'),
+    'resolved': ('#cc79a7', 'an earlier lesion, large and sure enough, that is no longer there'),
+    'unclear': ('#bbbbbb', 'in one scan only, but too small or too doubtful to be a change'),
+    'stable': ('#56b4e9', 'in both scans, and no change of volume beyond what is in doubt'),
+}
+"""What can become of a lesion: its colour (after Okabe and Ito) and what it means."""
+
+
+def draw_changes(
+    path: Path,
+    scans: Sequence[tuple[str, Volume]],
+    brain: NDArray[np.bool_],
+    marked: Mapping[str, NDArray[np.floating]],
+    counts: Mapping[str, int],
+    places: Sequence[tuple[NDArray[np.floating], str]] = (),
+    *,
+    slices: int = 5,
+    frames: int = 6,
+    extent_mm: float = 40.0,
+) -> Path:
+    """Draw two scans of one person one below the other, and what became of the lesions.
+
+    Parameters
+    ----------
+    path
+        The PNG file.
+    scans
+        Name and scan, the earlier first, both on one upright grid.
+    brain
+        (X, Y, Z), true within the brain.
+    marked
+        Key of :data:`CHANGES` -> how much of each voxel is lesion of this kind, (X, Y, Z).
+    counts
+        Key of :data:`CHANGES` -> number of lesions, for the legend.
+    places
+        Where to look closely, RAS mm of the grid, and what to write there; the first `frames`
+        are drawn.
+    slices, frames, extent_mm
+        Slices through the brain, close frames below them, and the width of a frame.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    grid = scans[1][1].grid
+    axis = grid.thick_axis
+    across, down = _others(axis)
+    spacing = grid.spacing_mm
+    whole = brain if brain.any() else np.ones(grid.shape, bool)
+    box = ndimage.find_objects(whole.astype(np.uint8))[0]
+    low = np.array([part.start for part in box]) * spacing - MARGIN_MM
+    size = np.array([part.stop for part in box]) * spacing + MARGIN_MM - low
+    # Slices with change first, then those with lesion.
+    weights = sum(
+        array.sum(axis=(across, down)) * (0.05 if name in ('stable', 'unclear') else 1)
+        for name, array in marked.items()
+    )
+    pitch = (WIDTH - GAP) // slices
+    scale = (pitch - GAP) / size[across]
+    shape = (int(size[down] * scale), pitch - GAP)
+    tiles = [
+        Tile(axis, index, (low[across], low[down]), (GAP, GAP + column * pitch), shape)
+        for column, index in enumerate(
+            _choose(whole.sum(axis=(across, down)), np.asarray(weights), slices)
+        )
+    ]
+    rows = [(Mosaic(grid, tuple(tiles), (shape[0] + GAP, WIDTH), scale), ['' for _ in tiles])]
+    side = (WIDTH - GAP) // frames - GAP
+    tiles, words = [], []
+    for column, (place, text) in enumerate(places[:frames]):
+        voxel = np.linalg.solve(grid.affine, (*place, 1))[:3]
+        index = int(np.clip(round(voxel[axis]), 0, grid.shape[axis] - 1))
+        corner = (voxel * spacing - extent_mm / 2)[[across, down]]
+        origin = (GAP, GAP + column * (side + GAP))
+        tiles.append(Tile(axis, index, (corner[0], corner[1]), origin, (side, side)))
+        words.append(text)
+    if tiles:
+        scale = side / extent_mm
+        rows.append((Mosaic(grid, tuple(tiles), (side + GAP, WIDTH), scale), words))
+
+    windows = [_window(scan.data, brain.astype(np.uint8)) for _, scan in scans]
+    pictures = []
+    for mosaic, words in rows:
+        bare = [_gray(mosaic.cut(window)) for window in windows]
+        over = bare[-1].copy()
+        for name, array in reversed(marked.items()):
+            field = mosaic.cut(array, kernel='linear')
+            if field.any():
+                _draw_line(over, field, CHANGES[name][0], level=0.3)
+        names = (*(name for name, _ in scans), 'change')
+        for name, canvas in zip(names, (*bare, over), strict=True):
+            left, top = mosaic.tiles[0].origin[::-1]
+            tag = (left + 8 + 4 * len(name), top + 10, name)
+            below = words if name == 'change' and any(words) else ()
+            pictures.append(_finish(mosaic, canvas, (), [tag], below=below, caption=False))
+
+    framed = Image.new('RGB', (WIDTH, sum(len(picture) for picture in pictures) + 56))
+    top = 0
+    for picture in pictures:
+        framed.paste(Image.fromarray(picture), (0, top))
+        top += len(picture)
+    draw = ImageDraw.Draw(framed)
+    entries = [(CHANGES[name][0], f'{name} ({counts[name]})') for name in CHANGES]
+    _write_legend(draw, 12, top + 14, entries, half=1)
+    text = ''
+    if len(rows) > 1:
+        text = f'Each close frame is {extent_mm:.0f} mm wide; volumes are in cubic mm. '
+    draw.text((12, top + 40), text + CONVENTION, '#c8c8c8', _font(13), anchor='lm')
+    return write_bytes(path, _png(np.asarray(framed)))
+
+
 # ------------------------------------------------------------------------------------- subject
 
 # What one figure group shows: title, views (name, file, caption), the view shown first.
@@ -1075,13 +1194,16 @@ def _volumes(table: Path) -> dict[str, Any]:
     """Return what the tables say of one scan; what they do not say is 'n/a'."""
     volumes = {row['name']: row for row in _read(table)}
     for label in CLASSES:
-        blank = {'volume_mm3': 'n/a', 'percent_of_brain': 'n/a'}
+        blank = dict.fromkeys(('volume_mm3', 'low_mm3', 'high_mm3', 'percent_of_brain'), 'n/a')
         volumes[label.abbreviation] = blank | volumes.get(label.abbreviation, {})
     sidecar = table.with_suffix('.json')
     record = json.loads(sidecar.read_text(encoding='utf-8')) if sidecar.is_file() else {}
     return {
         'volumes': volumes,
         'brain_mm3': record.get('brain_volume_mm3', 'n/a'),
+        'brain_low_mm3': record.get('brain_low_mm3', 'n/a'),
+        'brain_high_mm3': record.get('brain_high_mm3', 'n/a'),
+        'zones': record.get('lesion_zones', {}),
         'lesion_count': record.get('lesion_count', 'n/a'),
         'flags': record.get('flags', []),
     }
@@ -1195,8 +1317,12 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
     # Names alone tell which entities there are: the tables need not be held in memory.
     extra = {key: None for path in tables for key in _own(path)}.keys() - {'sub', 'ses'}
     keys = ('participant_id', 'session_id', *sorted(extra), 'scan')
-    measures = ('brain_mm3', *(f'{label.abbreviation}_mm3' for label in CLASSES), 'lesion_count')
-    lesion_columns = ('lesion', 'volume_mm3', 'x_mm', 'y_mm', 'z_mm', 'voxels')
+    measures = (
+        'brain_mm3',
+        *(f'{label.abbreviation}_mm3' for label in CLASSES),
+        'lesion_count',
+        *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),
+    )
 
     def identity(table: Path) -> dict[str, str]:
         own = _own(table)
@@ -1221,6 +1347,11 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
                     for label in CLASSES
                 },
                 'lesion_count': found['lesion_count'],
+                **{
+                    f'L_{zone}_{short}': found['zones'].get(zone, {}).get(name, 'n/a')
+                    for zone in ZONES
+                    for short, name in (('count', 'count'), ('mm3', 'volume_mm3'))
+                },
                 'flags': '; '.join(found['flags']) or 'n/a',
             }
 
@@ -1230,12 +1361,12 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
             path = table.with_name(f'{own["scan"]}_desc-lesions_morph.tsv')
             if path.is_file():
                 for row in _read(path):
-                    yield own | {name: row.get(name) or 'n/a' for name in lesion_columns}
+                    yield own | {name: row.get(name) or 'n/a' for name in LESION_COLUMNS}
 
     written = []
     for name, columns, rows in (
         ('group_volumes', (*keys, *measures, 'flags'), volumes()),
-        ('group_lesions', (*keys, *lesion_columns), lesions()),
+        ('group_lesions', (*keys, *LESION_COLUMNS), lesions()),
     ):
         tsv = write_table(out_dir / f'{name}.tsv', columns, rows)
         written += [tsv, write_table(tsv.with_suffix('.csv'), columns, _read(tsv))]
@@ -1247,6 +1378,11 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
             for label in CLASSES
         },
         'lesion_count': {'Description': 'Groups of lesion voxels that touch at least by a corner'},
+        **{f'L_{zone}_count': {'Description': f'Lesions that are {zone}'} for zone in ZONES},
+        **{
+            f'L_{zone}_mm3': {'Description': f'Lesions that are {zone}', 'Units': 'mm^3'}
+            for zone in ZONES
+        },
         'flags': {'Description': 'Warnings, separated by semicolons'},
     }
     written.insert(2, write_json(out_dir / 'group_volumes.json', described))

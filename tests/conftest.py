@@ -101,7 +101,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     architecture = {'name': 'unet', 'channels': (2, 4)}
     card = ModelCard(
-        'tiny', '0', architecture, in_plane_mm=4.0, slice_mm=(4.0, 6.0), licence='CC0-1.0'
+        'tiny',
+        '0',
+        architecture,
+        in_plane_mm=4.0,
+        slice_mm=(4.0, 6.0),
+        temperature=0.8,
+        repeatability={'WM': 1.5},
+        licence='CC0-1.0',
     )
     saved = save_model(build(architecture), card, tmp_path_factory.mktemp('model'))
     assert saved.path is not None

@@ -362,27 +362,28 @@ def test_where_the_model_looks():
 # ------------------------------------------------------------------------------- measures
 
 
-@pytest.mark.parametrize('frame', FRAMES)
-def test_lesions_and_volumes(frame):
-    grid = make_grid(frame, (2, 2, 3))
-    mask = np.zeros(grid.shape, dtype=bool)
-    mask[10:12, 10:12, 10] = True
-    mask[12, 12, 11] = True  # touches at a corner
-    mask[30, 30, 30] = True
-    first, second = image.lesion_table(mask, grid)
-    assert (first['lesion'], first['voxels'], second['lesion'], second['voxels']) == (1, 5, 2, 1)
-    assert first['volume_mm3'] == pytest.approx(60)
-    centre = points(grid)[mask][:-1].mean(axis=0)
-    np.testing.assert_allclose([first[f'{axis}_mm'] for axis in 'xyz'], centre)
-    assert image.lesion_table(np.zeros(grid.shape, bool), grid) == []
-
-    labels = np.where(mask, np.uint8(7), np.uint8(0))
-    labels[0, 0, :2] = 12
+def test_volumes():
+    grid = make_grid('oblique', (2, 2, 3))
+    labels = np.zeros(grid.shape, np.uint8)
+    labels[10:12, 10:13, 10], labels[0, 0, :2] = 7, 12
     volumes = image.volumes_mm3(labels, grid)
     assert list(volumes) == list(CLASSES[1:])
     assert volumes['L'] == pytest.approx(72)
     assert volumes['VEN'] == pytest.approx(24)
     assert volumes['WM'] == 0
+
+
+def test_the_volume_in_doubt_is_what_the_probabilities_call_wrong():
+    grid = Grid((3, 1, 1), np.diag([1.0, 2, 1, 1]))
+    p = np.zeros((len(CLASSES), *grid.shape), np.float32)
+    p[[0, WM], 0] = 0.25, 0.75
+    p[[0, WM], 1] = 0.6, 0.4
+    p[[WM, L], 2] = 0.3, 0.7
+    doubt = image.doubt_mm3(p, image.label_map(p), grid)
+    assert doubt['WM'] == pytest.approx(2 * (0.25 + 0.4 + 0.3))
+    assert doubt['L'] == pytest.approx(2 * 0.3)
+    assert doubt['CGM'] == 0
+    assert doubt['brain'] == pytest.approx(2 * (0.25 + 0.4))
 
 
 # ---------------------------------------------------------------------------------- files

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bids_jointseg.card import ModelCard, ModelError, read_card
-from bids_jointseg.inference import _starts, predict
+from bids_jointseg.inference import _starts, agreement, combine, predict
+from bids_jointseg.labels import CLASSES
 from bids_jointseg.network import (
     HighResNet,
     InstanceNorm,
@@ -76,8 +77,8 @@ class Pointwise(torch.nn.Module):
 
 def test_windows_cover_a_volume_and_blend():
     arrays = {name: x[0, 0].numpy() for name, x in images(24, 20, 90).items()}
-    whole = predict(Pointwise(), arrays, device='cpu')
-    parts = predict(Pointwise(), arrays, device='cpu', window=(16, 20, 48))
+    (whole,) = predict(Pointwise(), arrays, device='cpu')
+    (parts,) = predict(Pointwise(), arrays, device='cpu', window=(16, 20, 48))
     assert whole.shape == (8, 24, 20, 90)
     np.testing.assert_allclose(parts, whole, atol=2e-3)
     np.testing.assert_allclose(parts.sum(0), 1, atol=1e-4)
@@ -173,9 +174,26 @@ def test_the_mirror_image_is_averaged_in():
     torch.manual_seed(0)
     network = build(SMALL['unet']).eval()
     arrays = {name: x[0, 0].numpy() for name, x in images(16, 16, 8).items()}
-    both = predict(network, arrays, mirror=0, device='cpu')
+    members = predict(network, arrays, mirror=0, device='cpu')
+    both = combine(members)
     flipped = {name: x[::-1] for name, x in arrays.items()}
-    assert np.abs(both - predict(network, arrays, device='cpu')).max() > 1e-4
-    np.testing.assert_allclose(
-        both, predict(network, flipped, mirror=0, device='cpu')[:, ::-1], atol=1e-5
-    )
+    (alone,) = predict(network, arrays, device='cpu')
+    np.testing.assert_array_equal(alone, members[0])
+    assert np.abs(both - alone).max() > 1e-4
+    other = combine(predict(network, flipped, mirror=0, device='cpu'))
+    np.testing.assert_allclose(both, other[:, ::-1], atol=1e-5)
+
+
+def test_members_are_combined_calibrated_and_counted():
+    first, second = np.zeros((2, len(CLASSES), 1, 1, 2), np.float32)
+    first[[0, 2], 0, 0, 0] = 0.2, 0.8
+    second[[0, 2], 0, 0, 0] = 0.6, 0.4
+    first[1, 0, 0, 1] = second[1, 0, 0, 1] = 1
+    assert combine([first, second])[2, 0, 0].tolist() == pytest.approx([0.6, 0])
+    # T = 1/2 squares the odds: (0.6 / 0.4)^2 = 2.25 = 0.6923 / 0.3077.
+    sharp = combine([first, second], temperature=0.5)
+    assert sharp[2, 0, 0, 0] == pytest.approx(2.25 / 3.25)
+    np.testing.assert_allclose(sharp.sum(axis=0), 1, rtol=1e-6)
+    assert agreement([first, second], CLASSES[2]).tolist() == [[[0.5, 0]]]
+    assert combine([first])[2, 0, 0, 0] == pytest.approx(0.8)
+    assert first[2, 0, 0, 0] == np.float32(0.8), 'members are not changed in place'

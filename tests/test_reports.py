@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from bids_jointseg import reports
-from bids_jointseg.bids import DataError, write_json, write_table
+from bids_jointseg.bids import LESION_COLUMNS, DataError, write_json, write_table
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import LABELS, PROTOCOLS
+from bids_jointseg.lesions import ZONES
 
 SHARED = Path(__file__).parents[2] / 'shared' / 'data'
 ORANGE = np.array([0xD5, 0x5E, 0x00])
@@ -363,13 +364,20 @@ def write_scan(out, stem, volumes=None, lesions=(), flags=()):
     )
     write_table(
         anat / f'{stem}_desc-lesions_morph.tsv',
-        ('lesion', 'volume_mm3', 'x_mm', 'y_mm', 'z_mm', 'voxels'),
+        tuple(LESION_COLUMNS),
         (
-            {'lesion': n, 'volume_mm3': v, 'x_mm': -1.5, 'y_mm': 2, 'z_mm': 3, 'voxels': 9}
+            dict(zip(LESION_COLUMNS, (n, v, 4.5, 'deep', 0.75, 1, -1.5, 2, 3, 9), strict=True))
             for n, v in enumerate(lesions, 1)
         ),
     )
-    record = {'brain_volume_mm3': brain, 'lesion_count': len(lesions), 'flags': list(flags)}
+    zones = {zone: {'count': 0, 'volume_mm3': 0} for zone in ZONES}
+    zones['deep'] = {'count': len(lesions), 'volume_mm3': sum(lesions)}
+    record = {
+        'brain_volume_mm3': brain,
+        'lesion_count': len(lesions),
+        'lesion_zones': zones,
+        'flags': list(flags),
+    }
     write_json(anat / f'{stem}_seg-jointseg_morph.json', record)
     return anat
 
@@ -546,12 +554,16 @@ def test_group_tables(tmp_path, caplog):
     assert list(rows[0]) == [
         *('participant_id', 'session_id', 'run', 'scan', 'brain_mm3'),
         *(f'{label.abbreviation}_mm3' for label in LABELS[1:]),
-        *('lesion_count', 'flags'),
+        'lesion_count',
+        *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),
+        'flags',
     ]
     assert len(rows) == 13
     assert 'sub-yy_seg-jointseg_morph.tsv: left out' in caplog.text
     assert rows[5]['run'] == '1'
     assert rows[6]['flags'] == 'thick; <slices>'
+    assert rows[5]['L_deep_count'] == '5'
+    assert rows[5]['L_infratentorial_mm3'] == '0'
     assert rows[12]['session_id'] == 'n/a'
     assert float(rows[3]['VEN_mm3']) == 9e5
     assert read(paths[1], ',') == rows
@@ -561,6 +573,7 @@ def test_group_tables(tmp_path, caplog):
     assert lesions[0] == {
         **{'participant_id': 'sub-01', 'session_id': 'ses-a', 'run': 'n/a'},
         **{'scan': 'sub-01_ses-a', 'lesion': '1', 'volume_mm3': '5'},
+        **{'diameter_mm': '4.5', 'zone': 'deep', 'probability': '0.75', 'agreement': '1'},
         **{'x_mm': '-1.5', 'y_mm': '2', 'z_mm': '3', 'voxels': '9'},
     }
     assert read(paths[4], ',') == lesions

@@ -67,11 +67,12 @@ IMAGES = {
     'sub-01': [
         *ALONE,
         'desc-preproc_T1w',
+        'desc-lesionfilled_T1w',
         'space-T1w_desc-preproc_FLAIR',
         'space-FLAIR_label-L_mask',
         'space-FLAIR_seg-jointseg_dseg',
     ],
-    'sub-02': [*ALONE, 'desc-preproc_T1w'],
+    'sub-02': [*ALONE, 'desc-preproc_T1w', 'desc-lesionfilled_T1w'],
     'sub-03_ses-1': [*ALONE, 'desc-preproc_FLAIR'],
 }
 
@@ -170,14 +171,27 @@ def test_probabilities_and_tables_agree_with_the_labels(results, stem):
     assert np.abs(entropy - -(p * np.log(p)).sum(0) / np.log(8)).max() < 0.05
 
     lines = (folder / f'{stem}_seg-jointseg_morph.tsv').read_text().splitlines()
-    assert lines[0].split('\t') == ['index', 'name', 'volume_mm3', 'percent_of_brain']
+    ends = ['low_mm3', 'high_mm3']
+    assert lines[0].split('\t') == ['index', 'name', 'volume_mm3', *ends, 'percent_of_brain']
     summary = json.loads((folder / f'{stem}_seg-jointseg_morph.json').read_text())
     for line, index, name in zip(lines[1:], INDICES[1:], CLASSES[1:], strict=True):
         cells = line.split('\t')
         assert cells[:2] == [str(index), name]
-        assert float(cells[2]) == (labels == index).sum() * 64
+        volume = float(cells[2])
+        assert volume == (labels == index).sum() * 64
+        # The card of the model knows how far the white matter's is to be trusted, by 1.5 times
+        # what the probabilities (stored in 1/255) leave in doubt.
+        if name == 'WM':
+            p = foreground[0]
+            doubt = 64 * np.where(labels == index, 1 - p, p).sum()
+            for cell, expected in zip(
+                cells[3:5], (volume - 1.5 * doubt, volume + 1.5 * doubt), strict=True
+            ):
+                assert float(cell) == pytest.approx(max(0, expected), rel=0.01, abs=64)
+        else:
+            assert cells[3:5] == ['n/a', 'n/a']
         share = 100 * float(cells[2]) / summary['brain_volume_mm3']
-        assert float(cells[3]) == pytest.approx(share, abs=1e-4)
+        assert float(cells[5]) == pytest.approx(share, abs=1e-4)
     lesions = (folder / f'{stem}_desc-lesions_morph.tsv').read_text().splitlines()[1:]
     assert len(lesions) == summary['lesion_count']
     total = sum(float(line.split('\t')[1]) for line in lesions)

@@ -247,6 +247,7 @@ def init_scan_wf(
             out_dir=str(output_dir),
             level=level,
             configuration=configuration,
+            repeatability=dict(card.repeatability),
         ),
         name='write',
         mem_gb=gigabytes,
@@ -269,6 +270,8 @@ def init_scan_wf(
             ('flair_labels', 'flair_labels'),
             ('probabilities', 'probabilities'),
             ('entropy', 'entropy'),
+            ('lesion', 'lesion'),
+            ('doubt_mm3', 'doubt_mm3'),
         ]),
         (check, figures, [('t1w', 't1w'), ('flair', 'flair')]),
         (to_native, figures, [
@@ -390,6 +393,7 @@ def add_segmentation(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
+            temperature=card.temperature,
             fast=fast,
             device=device,
             threads=omp_nthreads,
@@ -464,6 +468,8 @@ def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed
         'version': __version__,
         'model': card.name,
         'weights': card.sha256,
+        'temperature': card.temperature,
+        'repeatability': dict(card.repeatability),
         'level': level,
         'fast': fast,
         'random_seed': random_seed,

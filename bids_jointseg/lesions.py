@@ -1,0 +1,213 @@
+"""What is measured of each lesion, and a T1w without them.
+
+Zones follow the words of the criteria for multiple sclerosis (Thompson et al., Lancet Neurol
+2018: periventricular lesions abut the ventricles, juxtacortical ones the cortex), applied to our
+own labels: where no voxel of white matter is left between by more than the rim that partial
+volume makes. Filling follows Chard et al. (J Magn Reson Imaging 2010): lesions get the
+intensities of the white matter around them, noise included, so that tools that know of no
+lesions do not take them for gray matter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
+
+from bids_jointseg.labels import LABELS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from bids_jointseg.image import Grid
+
+INDEX = {label.abbreviation: label.index for label in LABELS}
+ZONES = ('periventricular', 'juxtacortical', 'infratentorial', 'deep')
+VENTRICLE_MM = 3.0
+"""Farthest voxel of a ventricle from a periventricular lesion, centre to centre (Kim et al.,
+Biol Psychiatry 2008, call white matter up to 3 mm from the ventricles juxtaventricular)."""
+CORTEX_MM = 1.8
+"""Farthest voxel of cortex from a juxtacortical lesion: voxels of 1 mm that touch at a corner."""
+TOUCH = np.ones((3, 3, 3), bool)
+
+
+def measure_lesions(
+    labels: NDArray[np.uint8],
+    grid: Grid,
+    *,
+    probability: NDArray[np.floating] | None = None,
+    agreement: NDArray[np.floating] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure every lesion: a group of voxels that touch at least at a corner (26-connected).
+
+    Parameters
+    ----------
+    labels
+        (X, Y, Z), values of :data:`.labels.LABELS`.
+    grid
+        Where the voxels lie.
+    probability
+        (X, Y, Z), of lesion, 0 to 1.
+    agreement
+        (X, Y, Z), share of the members of the ensemble that call a voxel lesion.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        Largest first: ``lesion`` (1, 2, ...), ``volume_mm3``, ``diameter_mm`` (longest, from
+        voxel corner to voxel corner), centroid ``x_mm``, ``y_mm``, ``z_mm`` in RAS, ``voxels``,
+        ``zone`` (one of :data:`ZONES`), ``probability`` and ``agreement`` (means over its voxels,
+        None where not given).
+    """
+    parts, count = ndimage.label(labels == INDEX['L'], TOUCH)
+    if not count:
+        return []
+    voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
+    to_ventricle, to_cortex = (
+        _distance_mm(labels == INDEX[name], grid) for name in ('VEN', 'CGM')
+    )
+    rows: list[dict[str, Any]] = []
+    for part, box in enumerate(ndimage.find_objects(parts), start=1):
+        inside = parts[box] == part
+        voxels = np.argwhere(inside) + [axis.start for axis in box]
+        points = voxels @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        x, y, z = points.mean(axis=0)
+        rows.append(
+            {
+                'volume_mm3': float(len(voxels) * voxel_mm3),
+                'diameter_mm': _diameter_mm(points, grid),
+                'x_mm': float(x),
+                'y_mm': float(y),
+                'z_mm': float(z),
+                'voxels': len(voxels),
+                'zone': _zone(
+                    _around(labels, box, inside),
+                    float(to_ventricle[box][inside].min()),
+                    float(to_cortex[box][inside].min()),
+                ),
+                'probability': _mean(probability, box, inside),
+                'agreement': _mean(agreement, box, inside),
+            }
+        )
+    rows.sort(key=lambda row: -row['voxels'])
+    return [{'lesion': rank} | row for rank, row in enumerate(rows, start=1)]
+
+
+def zone_volumes(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return zone -> ``count`` and ``volume_mm3`` of the rows of :func:`measure_lesions`."""
+    return {
+        zone: {
+            'count': sum(row['zone'] == zone for row in rows),
+            'volume_mm3': round(sum(row['volume_mm3'] for row in rows if row['zone'] == zone), 2),
+        }
+        for zone in ZONES
+    }
+
+
+def fill_lesions(
+    data: NDArray[np.floating], labels: NDArray[np.uint8], grid: Grid
+) -> NDArray[np.float32]:
+    r"""Return a T1w whose lesions look like the white matter around them.
+
+    With white matter :math:`S` apart from the lesions and a Gaussian :math:`G`, a voxel gets
+
+    .. math:: m + s \epsilon, \quad m = \frac{G * (I S)}{G * S}, \quad
+        s^2 = \frac{G * ((I - m)^2 S)}{G * S}, \quad \epsilon \sim N(0, 1),
+
+    with the smallest of four :math:`G` that still sees white matter. The rim of one voxel, where
+    a lesion fades, is filled too. The noise is the same in every run.
+
+    Parameters
+    ----------
+    data
+        Intensities `(X, Y, Z)`.
+    labels
+        `(X, Y, Z)` on the same grid.
+    grid
+        Theirs.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        `(X, Y, Z)`; as `data` outside of the filled voxels, and everywhere if there is no lesion
+        or no white matter.
+    """
+    filled = np.array(data, np.float32)
+    lesion, white = labels == INDEX['L'], labels == INDEX['WM']
+    cross = ndimage.generate_binary_structure(3, 1)
+    wanted = lesion | (ndimage.binary_dilation(lesion, cross) & white)
+    source = white & ~wanted
+    if not wanted.any() or not source.any():
+        return filled
+    # Only the surroundings of the lesions are looked at.
+    reach = np.ceil(40 / grid.spacing_mm).astype(int)
+    box = tuple(
+        slice(max(0, axis.start - r), axis.stop + r)
+        for axis, r in zip(ndimage.find_objects(wanted.astype(np.uint8))[0], reach, strict=True)
+    )
+    values, seen, open_ = filled[box], source[box].astype(np.float32), wanted[box].copy()
+    noise = np.random.default_rng(0).standard_normal(open_.shape, dtype=np.float32)
+    for sigma_mm in (2.0, 4.0, 8.0, 16.0):
+        sigma = sigma_mm / grid.spacing_mm
+
+        def blur(array: NDArray[Any], sigma: NDArray[Any] = sigma) -> NDArray[np.float32]:
+            return np.asarray(ndimage.gaussian_filter(array, sigma, mode='constant'))
+
+        weight = blur(seen)
+        # A fifth of the kernel on white matter is a sample, not its far tail.
+        enough = open_ & (weight > 0.2 if sigma_mm < 16 else weight > 1e-6)
+        if not enough.any():
+            continue
+        safe = np.maximum(weight, 1e-6)
+        mean = blur(values * seen) / safe
+        spread = np.sqrt(np.maximum(blur((values - mean) ** 2 * seen) / safe, 0))
+        filled[box][enough] = (mean + spread * noise)[enough]
+        open_ &= ~enough
+    return filled
+
+
+def _distance_mm(mask: NDArray[np.bool_], grid: Grid) -> NDArray[np.float32]:
+    """Return the distance of every voxel from the nearest one of a mask; infinite without any."""
+    if not mask.any():
+        return np.full(mask.shape, np.inf, np.float32)
+    return np.asarray(
+        ndimage.distance_transform_edt(~mask, sampling=grid.spacing_mm), np.float32
+    )
+
+
+def _diameter_mm(points: NDArray[np.floating], grid: Grid) -> float:
+    """Return the longest distance between corners of voxels with these centres, RAS mm."""
+    corners = np.stack(np.meshgrid(*[(-0.5, 0.5)] * 3, indexing='ij'), -1).reshape(-1, 3)
+    ends = (points[:, None] + corners @ grid.affine[:3, :3].T).reshape(-1, 3)
+    return float(pdist(ends[ConvexHull(ends).vertices]).max())
+
+
+def _around(
+    labels: NDArray[np.uint8], box: tuple[slice, ...], inside: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """Return the labels of the voxels that touch a lesion."""
+    wide = tuple(slice(max(0, axis.start - 1), axis.stop + 1) for axis in box)
+    mask = np.zeros(labels[wide].shape, bool)
+    first = [a.start - w.start for a, w in zip(box, wide, strict=True)]
+    mask[tuple(slice(f, f + n) for f, n in zip(first, inside.shape, strict=True))] = inside
+    return np.asarray(labels[wide][ndimage.binary_dilation(mask, TOUCH) & ~mask])
+
+
+def _zone(around: NDArray[np.uint8], ventricle_mm: float, cortex_mm: float) -> str:
+    tissue = around[(around != INDEX['BG']) & (around != INDEX['L'])]
+    if np.isin(tissue, (INDEX['BS'], INDEX['CBM'])).sum() > tissue.size / 2:
+        return 'infratentorial'
+    if ventricle_mm <= VENTRICLE_MM:
+        return 'periventricular'
+    return 'juxtacortical' if cortex_mm <= CORTEX_MM else 'deep'
+
+
+def _mean(
+    array: NDArray[np.floating] | None, box: tuple[slice, ...], inside: NDArray[np.bool_]
+) -> float | None:
+    return None if array is None else float(np.mean(array[box][inside], dtype=np.float64))
