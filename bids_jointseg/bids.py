@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 from bids_jointseg import __version__
 from bids_jointseg.config import Settings
 from bids_jointseg.labels import CLASSES, LABELS
-from bids_jointseg.lesions import zone_volumes
 from bids_jointseg.recipe import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from bids_jointseg.card import ModelCard
+    from bids_jointseg.config import StandardSpace
     from bids_jointseg.recipe import Source
 
 LOGGER = logging.getLogger('bids_jointseg')
@@ -42,10 +42,14 @@ QUERIES = {
     't1w': {'datatype': 'anat', 'suffix': 'T1w', 'extension': list(EXTENSIONS)},
     'flair': {'datatype': 'anat', 'suffix': 'FLAIR', 'extension': list(EXTENSIONS)},
 }
+# What somebody may have meant to be a scan, and what is one.
+_ALIKE = re.compile(r'(?i)(?!\.)(?:.*[_-])?(t1w?|flair)\.(?:nii|nii\.gz|hdr|img|mgz|mgh|nrrd)')
+_NAME = re.compile(r'sub-[^_]+_(?:[^_]+_)*(?:T1w|FLAIR)\.nii(?:\.gz)?')
 # Entities that our own names set, so a scan's own cannot stay in them. Raw scans have none.
-OURS = ('space', 'res', 'den', 'seg', 'label', 'desc')
+OURS = ('space', 'cohort', 'res', 'den', 'seg', 'label', 'desc')
+TEMPLATEFLOW = 'https://github.com/templateflow/templateflow'
 # What the standard has no name for; a folder is named without a slash.
-BIDSIGNORE = '*_morph.*\n*_xfm.*\ngroup_*\n*.html\nlogs\nlog\nfigures\n'
+BIDSIGNORE = '*_morph.*\n*_xfm.*\n*_cohort-*\ngroup_*\n*.html\nlogs\nlog\nfigures\n'
 README = """\
 # Joint segmentation of brain tissue and white-matter lesions
 
@@ -150,13 +154,16 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
     skipped: list[Skipped] = []
     for kind, query in QUERIES.items():
         query = dict(query)
-        if settings.participant_label:
-            query['subject'] = chosen
         if settings.session_label:
             query['session'] = list(settings.session_label)
         for path in _query(layout, root, query | filters[kind], kind):
+            if path.relative_to(root).parts[0].removeprefix('sub-') not in chosen:
+                continue
             part = entities(path).get('part', 'mag')
-            if part != 'mag':
+            misplaced = _misplaced(path.relative_to(root))
+            if misplaced:
+                skipped.append(Skipped(path, misplaced, failed=True))
+            elif part != 'mag':
                 skipped.append(Skipped(path, f'part-{part} is not a magnitude image'))
             elif kind in settings.ignore:
                 skipped.append(Skipped(path, f'--ignore {kind}'))
@@ -171,6 +178,8 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
             where = ' with these sessions and filters' if restricted else ''
             reason = f'no T1w and no FLAIR{where}'
             skipped.append(Skipped(root / f'sub-{subject}', reason, failed=not restricted))
+        if not restricted:
+            skipped += _misnamed(root / f'sub-{subject}')
     skipped.sort(key=lambda item: item.path)
 
     if not scans:
@@ -179,6 +188,35 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
         )
     _refuse_shared_names(scans)
     return scans, skipped
+
+
+def _misplaced(path: Path) -> str:
+    """Return what contradicts a scan's name in where it lies in its dataset, or ''."""
+    place = dict(part.split('-', 1) for part in path.parts[:-1] if '-' in part)
+    own = entities(path)
+    for name in ('sub', 'ses'):
+        if name in place and own.get(name) != place[name]:
+            return f'lies in {name}-{place[name]}, but its name does not say so: rename or move it'
+    return ''
+
+
+def _misnamed(folder: Path) -> list[Skipped]:
+    """Return what looks like a scan of a participant, but is not called or not stored as one.
+
+    Where another one of its modality lies beside it, nothing is missing.
+    """
+    found = []
+    for anat in (folder / 'anat', *sorted(folder.glob('ses-*/anat'))):
+        names = sorted(os.listdir(anat)) if anat.is_dir() else []
+        alike = {name: match[1][:2].lower() for name in names if (match := _ALIKE.fullmatch(name))}
+        good = {name for name in alike if _NAME.fullmatch(name) and not (anat / name).is_dir()}
+        for name in alike.keys() - good:
+            missing = alike[name] not in {alike[other] for other in good}
+            reason = 'is a folder: put the image there'
+            if not (anat / name).is_dir():
+                reason = 'is no scan by its name: call it sub-<label>[...]_T1w.nii.gz or _FLAIR'
+            found.append(Skipped(anat / name, reason, failed=missing))
+    return found
 
 
 def pair(
@@ -203,9 +241,13 @@ def pair(
     flairs = sorted(flairs, key=lambda path: path.name)
     scans = []
     taken = set()
+    sessions = {entities(t1w).get('ses') for t1w in t1ws}
+    of_session: dict[str | None, list[Path]] = {}
+    for path in flairs:
+        of_session.setdefault(entities(path).get('ses'), []).append(path)
     for t1w in t1ws:
         own = entities(t1w)
-        candidates = [path for path in flairs if entities(path).get('ses') == own.get('ses')]
+        candidates = of_session.get(own.get('ses'), [])
         notes: list[str] = []
         flair = None
         if candidates:
@@ -221,7 +263,7 @@ def pair(
     for flair in flairs:
         if flair not in taken:
             own = entities(flair)
-            beside = any(entities(t1w).get('ses') == own.get('ses') for t1w in t1ws)
+            beside = own.get('ses') in sessions
             note = ('another FLAIR suits the T1w of this session better',) if beside else ()
             scans.append(Scan(own['sub'], own.get('ses'), None, flair, _stem(flair), note))
     return sorted(scans, key=lambda scan: scan.stem)
@@ -281,11 +323,13 @@ def read_filters(path: Path | None) -> dict[str, dict[str, Any]]:
         for kind in QUERIES:
             for name, value in record.get(kind, {}).items():
                 values = value if isinstance(value, list) else [value]
+                if not all(isinstance(item, str | int | float | None) for item in values):
+                    raise ValueError(f'{kind}: {name}: give a word, a number, null or a list')
                 values = [_special(item) for item in values]
                 filters[kind][name] = values if isinstance(value, list) else values[0]
     except OSError as error:
         raise BidsError(f'{path}: cannot read the filters ({error.strerror})') from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BidsError(f'{path}: not filters in JSON ({error})') from error
     return filters
 
@@ -302,11 +346,11 @@ def _index(settings: Settings) -> Any:
     """Return a pybids layout of the chosen participants, or of all where it is kept on disk."""
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
-    # An entry is looked at for every file of the dataset: leave out what is never asked for.
+    # An entry is looked at for every file of the dataset: leave out what is never asked for,
+    # and what a link that leads back would show again.
     ignore = [
-        r'^/(code|derivatives|models|sourcedata|stimuli)(/|$)',
+        r'^(?!/sub-[^/]+(/ses-[^/]+)?(/anat(/[^/]+)?)?$)',
         r'/\.',
-        r'^/sub-[^/]+/(ses-[^/]+/)?(beh|dwi|eeg|fmap|func|ieeg|meg|micr|motion|nirs|perf|pet)(/|$)',
         r'\.(json|tsv|tsv\.gz)$',
     ]
     chosen = settings.participant_label
@@ -323,7 +367,10 @@ def _index(settings: Settings) -> Any:
             indexer=indexer,
         )
     except Exception as error:  # pybids and its database raise many kinds
-        raise BidsError(f'{settings.bids_dir}: cannot be indexed ({_one_line(error)})') from error
+        raise BidsError(
+            f'{settings.bids_dir}: cannot be indexed ({_one_line(error)}): check its '
+            'dataset_description.json'
+        ) from error
 
 
 def _query(layout: Any, root: Path, query: dict[str, Any], kind: str) -> list[Path]:
@@ -580,8 +627,15 @@ def derivative(out_dir: Path, scan: Scan, suffix: str) -> Path:
     return folder / 'anat' / f'{scan.stem}_{suffix}'
 
 
-def expected(scan: Scan, level: str) -> tuple[str, ...]:
+def expected(
+    scan: Scan, level: str, spaces: Iterable[StandardSpace] = ()
+) -> tuple[str, ...]:
     """Return the suffixes of all results of a scan, in the order of writing."""
+    native = _expected_natively(scan, level)
+    return (*native, *(name for space in spaces for name in expected_in(space, scan, level)))
+
+
+def _expected_natively(scan: Scan, level: str) -> tuple[str, ...]:
     paired = scan.t1w is not None and scan.flair is not None
     reference = 'T1w' if scan.t1w else 'FLAIR'
     images = ['seg-jointseg_dseg', 'label-L_mask']
@@ -605,6 +659,42 @@ def expected(scan: Scan, level: str) -> tuple[str, ...]:
         *(name + extension for name in images for extension in ('.nii.gz', '.json')),
         *transforms,
         *(name + extension for name in tables for extension in ('.tsv', '.csv', '.json')),
+    )
+
+
+def in_space(space: StandardSpace, name: str) -> str:
+    """Return the suffix of a result in standard space, its entities in the standard's order.
+
+    'seg-jointseg_dseg' -> 'space-MNI152NLin2009cAsym_seg-jointseg_res-2_dseg'.
+    """
+    cohort = '' if space.cohort is None else f'_cohort-{space.cohort}'
+    resolution = '' if space.resolution is None else f'res-{space.resolution}_'
+    seg, rest = re.fullmatch(r'(seg-[^_]+_)?(.*)', name).groups()  # type: ignore[union-attr]
+    return f'space-{space.name}{cohort}_{seg or ""}{resolution}{rest}'
+
+
+def transform_to(space: StandardSpace, scan: Scan) -> str:
+    """Return the suffix of the transform to a template, without extension."""
+    reference = 'T1w' if scan.t1w else 'FLAIR'
+    cohort = '' if space.cohort is None else f'+{space.cohort}'
+    return f'from-{reference}_to-{space.name}{cohort}_mode-image_xfm'
+
+
+def expected_in(space: StandardSpace, scan: Scan, level: str) -> tuple[str, ...]:
+    """Return the suffixes of all results of a scan in one standard space, as they are written."""
+    names = ['label-L_mask']
+    if level == 'full':
+        names += ['desc-brain_mask', f'desc-preproc_{"T1w" if scan.t1w else "FLAIR"}']
+        names += [f'seg-jointseg_label-{name}_probseg' for name in CLASSES[1:]]
+    transform = transform_to(space, scan)
+    return (
+        f'{transform}.txt',
+        f'{transform}.json',
+        *(
+            in_space(space, name) + extension
+            for name in (*names, 'seg-jointseg_dseg')  # whose sidecar says that all are there
+            for extension in ('.nii.gz', '.json')
+        ),
     )
 
 
@@ -639,6 +729,33 @@ def sidecar(scan: Scan, suffix: str, bids_dir: Path) -> dict[str, Any]:
     }
     if name.endswith('_mask'):
         record['Type'] = 'Brain' if name.startswith('desc-brain') else 'Lesion'
+    return record
+
+
+def sidecar_in(
+    space: StandardSpace, scan: Scan, name: str, bids_dir: Path, *, template: str, grid: str
+) -> dict[str, Any]:
+    """Return the metadata of an image in standard space.
+
+    Parameters
+    ----------
+    space, scan, name
+        Which image: 'label-L_mask', without extension.
+    bids_dir
+        The input dataset.
+    template
+        URI of the template.
+    grid
+        What its voxels are, in words.
+    """
+    record = sidecar(scan, name, bids_dir)
+    own = derivative(Path(), scan, f'{transform_to(space, scan)}.txt')
+    record['Description'] = record['Description'].split(', on its own grid')[0] + ', in the space '
+    record['Description'] += f'of the template {space.name}'
+    record['Sources'] += [f'bids::{own.as_posix()}', template]
+    record['SpatialReference'] = template
+    if space.resolution is not None:
+        record['Resolution'] = grid
     return record
 
 
@@ -690,6 +807,7 @@ def write_tables(
     intervals: Mapping[str, tuple[float, float] | None],
     lesions: Sequence[Mapping[str, Any]],
     flags: Sequence[str],
+    quality: Mapping[str, Any],
     configuration: Mapping[str, Any],
 ) -> None:
     """Write the tables of one scan; the summary comes last, so it says that all is there.
@@ -704,9 +822,13 @@ def write_tables(
         Rows of :func:`.lesions.measure_lesions`.
     flags
         What a reader should look at.
+    quality
+        Verdict, reasons and measures of :mod:`.quality`.
     configuration
         What decided the result beside the scans.
     """
+    from bids_jointseg.lesions import zone_volumes  # SciPy, which --help can do without
+
     sources = [raw_uri(path, bids_dir) for path in (scan.t1w, scan.flair) if path is not None]
     table = derivative(out_dir, scan, 'desc-lesions_morph.json')
     rows = [
@@ -742,6 +864,7 @@ def write_tables(
         **{f'brain_{name}': value for name, value in _ends(intervals['brain']).items()},
         'lesion_count': len(lesions),
         'lesion_zones': zone_volumes(lesions),
+        'quality': dict(quality),
         'flags': list(flags),
         'configuration': dict(configuration),
         'columns': VOLUME_COLUMNS,
@@ -757,16 +880,43 @@ def _ends(interval: tuple[float, float] | None) -> dict[str, Any]:
     }
 
 
-def is_complete(out_dir: Path, scan: Scan, level: str, configuration: Mapping[str, Any]) -> bool:
+def is_complete_in(
+    space: StandardSpace,
+    out_dir: Path,
+    scan: Scan,
+    level: str,
+    configuration: Mapping[str, Any],
+) -> bool:
+    """Tell whether all results in a standard space are there and by this configuration."""
+    names = expected_in(space, scan, level)
+    return _are_there(out_dir, scan, names, names[-1], configuration)
+
+
+def is_complete(
+    out_dir: Path,
+    scan: Scan,
+    level: str,
+    configuration: Mapping[str, Any],
+    spaces: Iterable[StandardSpace] = (),
+) -> bool:
     """Tell whether all results of a scan are there and were made by this configuration."""
-    if not all(derivative(out_dir, scan, suffix).exists() for suffix in expected(scan, level)):
+    names = _expected_natively(scan, level)
+    summary = 'seg-jointseg_morph.json'
+    return _are_there(out_dir, scan, names, summary, configuration) and all(
+        is_complete_in(space, out_dir, scan, level, configuration) for space in spaces
+    )
+
+
+def _are_there(
+    out_dir: Path, scan: Scan, names: Iterable[str], last: str, configuration: Mapping[str, Any]
+) -> bool:
+    if not all(derivative(out_dir, scan, suffix).exists() for suffix in names):
         return False
-    summary = derivative(out_dir, scan, 'seg-jointseg_morph.json')
     try:
-        record = json.loads(summary.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        record = json.loads(derivative(out_dir, scan, last).read_text(encoding='utf-8'))
+        return bool(record.get('configuration') == dict(configuration))
+    except (OSError, ValueError, AttributeError):
         return False
-    return bool(record.get('configuration') == dict(configuration))
 
 
 def raw_uri(path: Path, bids_dir: Path) -> str:
@@ -787,9 +937,12 @@ def create_dataset(settings: Settings, card: ModelCard) -> None:
     record = _description(settings, card)
     if target.exists():
         try:
-            known = json.loads(target.read_text(encoding='utf-8')).get('GeneratedBy', [])
+            before = json.loads(target.read_text(encoding='utf-8'))
+            known = before.get('GeneratedBy', [])
+            if 'templateflow' in before.get('DatasetLinks', {}):  # its results still point there
+                record['DatasetLinks']['templateflow'] = TEMPLATEFLOW
             names = [entry.get('Name') for entry in known]
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, TypeError):
             known, names = [], []
         if names and NAME not in names:
             raise BidsError(f'{out_dir} holds the results of {names[0]}: give another folder')
@@ -838,7 +991,8 @@ def _description(settings: Settings, card: ModelCard) -> dict[str, Any]:
         'GeneratedBy': [app, weights],
         'SourceDatasets': [source],
         'DatasetLinks': {'raw': raw}
-        | {name: path.as_uri() for name, path in settings.derivatives.items()},
+        | {name: path.as_uri() for name, path in settings.derivatives.items()}
+        | ({'templateflow': TEMPLATEFLOW} if settings.standard_spaces else {}),
     }
 
 

@@ -7,15 +7,22 @@ of the weights, measured accuracy). Nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from bids_jointseg.config import SettingsError, convert
 from bids_jointseg.labels import CLASSES
 
 MODELS = Path(__file__).parent / 'data' / 'models'
 MODALITIES = ('T1w', 'FLAIR')
+LANDMARKS = 11
+"""Landmarks of a modality: one for each of :data:`.image.PERCENTILES`."""
 
 
 class ModelError(ValueError):
@@ -93,6 +100,26 @@ class ModelCard:
         return json.dumps(record, indent=2, ensure_ascii=False) + '\n'
 
 
+def read_weights(card: ModelCard) -> bytes:
+    """Return the content of a model's safetensors file.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be read or is not the one that the card names.
+    """
+    try:
+        content = card.weights.read_bytes()
+    except OSError as error:
+        raise ModelError(f'{card.weights}: cannot read the weights ({error.strerror})') from error
+    if hashlib.sha256(content).hexdigest() != card.sha256:
+        raise ModelError(
+            f'{card.weights}: the weights are not those of the card (SHA-256 differs): '
+            'get both files again'
+        )
+    return content
+
+
 def read_card(model: str | Path = 'jointseg') -> ModelCard:
     """Read the card of a packaged or a user's model.
 
@@ -111,9 +138,9 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
         If there is no such model, or its card is not one that this version can use.
     """
     path = MODELS / f'{model}.json'
-    if '/' in str(model) or Path(model).suffix:
+    if Path(model).name and ('/' in str(model) or Path(model).suffix):
         path = Path(model).with_suffix('.json')
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         known = ', '.join(sorted(file.stem for file in MODELS.glob('*.json'))) or 'none'
         raise ModelError(
             f'model {str(model)!r} is not in the package ({known}): give a path to one'
@@ -122,26 +149,33 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
         record = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
         raise ModelError(f'{path}: cannot read the model card ({error.strerror})') from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f'{path}: the model card is not JSON ({error})') from error
     try:
-        unknown = set(record) - {entry.name for entry in fields(ModelCard)}
+        if not isinstance(record, dict):
+            raise TypeError('not a JSON object')
+        hints = get_type_hints(ModelCard)
+        unknown = set(record) - set(hints)
         if unknown:
             raise TypeError(f'unknown entries {sorted(unknown)}')
-        for name in ('modalities', 'classes', 'slice_mm', 'window'):
-            if record.get(name) is not None:
-                record[name] = tuple(record[name])
-        card = ModelCard(**record | {'path': path})
+        record.pop('path', None)  # the weights are beside the card, wherever it says
+        values = {name: convert(name, value, hints[name]) for name, value in record.items()}
+        card = ModelCard(**values, path=path)
         if card.classes != CLASSES:
             raise TypeError(f'classes are {list(card.classes)}, not {list(CLASSES)}')
         if not card.modalities or not set(card.modalities) <= set(MODALITIES):
             raise TypeError(f'modalities are {list(card.modalities)}')
-        if not (card.in_plane_mm > 0 and 0 < card.slice_mm[0] <= card.slice_mm[1]):
+        low, high = card.slice_mm
+        if not (0 < card.in_plane_mm < math.inf and 0 < low <= high < math.inf):
             raise TypeError('the grid is not a positive size')
-        if not card.temperature > 0:
+        if not 0 < card.temperature < math.inf:
             raise TypeError(f'temperature is {card.temperature}, not above zero')
-        if card.window is not None and not (len(card.window) == 3 and min(card.window) > 0):
+        if card.window is not None and min(card.window) <= 0:
             raise TypeError(f'window is {list(card.window)}, not three sizes')
-    except (TypeError, IndexError) as error:
+        for name, landmarks in (card.landmarks or {}).items():
+            rising = all(low <= high for low, high in pairwise((-math.inf, *landmarks, math.inf)))
+            if len(landmarks) != LANDMARKS or not (rising and all(map(math.isfinite, landmarks))):
+                raise TypeError(f'landmarks of {name} are not {LANDMARKS} rising numbers')
+    except (TypeError, SettingsError) as error:
         raise ModelError(f'{path}: not a model card of this version: {error}') from error
     return card

@@ -17,7 +17,9 @@ import tempfile
 import time
 import tomllib
 import traceback
+from contextlib import ExitStack
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,8 +36,9 @@ LOGGER = logging.getLogger('bids_jointseg')
 
 EPILOG = """\
 exit codes: 0 all done; 1 some scans failed (the others are complete, a table says which and
-why); 2 wrong usage; 3 only a report failed; 65 nothing usable in the data; 70 internal error.
-Where several apply: 70, 65, 1, 3. Options may be written with underscores as well.
+why); 2 wrong usage; 3 only a report or a comparison of sessions failed; 65 nothing usable in the
+data; 70 internal error. Where several apply: 70, 65, 1, 3. Options may be written with
+underscores as well.
 """
 
 
@@ -127,7 +130,11 @@ def parser() -> argparse.ArgumentParser:
         'uncertainty, brain mask, preprocessed scans, transforms',
     )
     method.add_argument(
-        '--output-spaces', nargs='+', metavar='SPACE', help='T1w and FLAIR (native grids) for now'
+        '--output-spaces',
+        nargs='+',
+        metavar='SPACE',
+        help='beside the native grids: templates in TEMPLATEFLOW_HOME, as '
+        'MNI152NLin2009cAsym:res-2; nothing is downloaded',
     )
     method.add_argument('--random-seed', type=int, metavar='N', help='default: 0')
 
@@ -228,7 +235,7 @@ def read_arguments(argv: Sequence[str]) -> Settings:
         return Settings.from_toml(config_file.read_text(encoding='utf-8'), **given)
     except OSError as error:
         raise SettingsError(f'{config_file}: cannot be read ({error.strerror})') from error
-    except SettingsError as error:
+    except (SettingsError, UnicodeDecodeError) as error:
         raise SettingsError(f'{config_file}: {error}') from error
 
 
@@ -248,10 +255,10 @@ def check_folders(settings: Settings) -> None:
         One line that names the folder and the remedy.
     """
     bids_dir, out_dir = settings.bids_dir, settings.output_dir
-    if not bids_dir.is_dir():
+    if not os.path.isdir(bids_dir):  # also where a name is too long to ask for
         raise SettingsError(f'{bids_dir} is not a folder: give the root of a BIDS dataset')
     for name, folder in settings.derivatives.items():
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise SettingsError(f'--derivatives {name}={folder}: no such folder')
     source, target = bids_dir.resolve(), out_dir.resolve()
     if target == source:
@@ -348,22 +355,29 @@ def _answer(program: str, run: Callable[[], int]) -> int:
 
 def _participant(settings: Settings) -> int:
     from bids_jointseg import bids
-    from bids_jointseg.card import read_card
+    from bids_jointseg.card import read_card, read_weights
 
     if settings.reports_only:
         card = read_card(settings.model)
         subjects = finished_subjects(settings)
         if not subjects:
             raise bids.DataError(f'{settings.output_dir}: no results to report: run it first')
-        return write_reports(settings, card, subjects)
+        return max(write_comparisons(settings, subjects), write_reports(settings, card, subjects))
 
+    if settings.standard_spaces:
+        from bids_jointseg.standard import find_template
+
+        for space in settings.standard_spaces:
+            find_template(space)  # before hours of work, not after
     scans, skipped = bids.plan(settings)
     if settings.dry_run:
         sys.stdout.write(pairing_table(scans, skipped, settings.bids_dir))
         return Exit.DONE
     card = read_card(settings.model)
-    plugin = read_plugin(settings)
+    read_weights(card)  # before hours of work, not after
     _prepare_environment(settings)
+    plugin = read_plugin(settings)
+    check_device(settings)
     bids.create_dataset(settings, card)
     for item in skipped:
         level = logging.WARNING if item.failed else logging.DEBUG
@@ -392,7 +406,7 @@ def _participant(settings: Settings) -> int:
     begun = time.monotonic()
     failures = participant.run(workflow, scans, settings, *plugin)
     finished = finished_subjects(settings, {scan.subject for scan in scans})
-    code = write_reports(settings, card, finished)
+    code = max(write_comparisons(settings, finished), write_reports(settings, card, finished))
 
     rows = [(item.scan, item.stage, item.reason) for item in failures]
     rows += [(item.path.name, 'plan', item.reason) for item in skipped if item.failed]
@@ -421,6 +435,42 @@ def finished_subjects(settings: Settings, chosen: Collection[str] = ()) -> list[
         for path in settings.output_dir.glob('sub-*/**/anat/*_seg-jointseg_morph.json')
     }
     return sorted(label for label in found if not labels or label in labels)
+
+
+def write_comparisons(settings: Settings, subjects: Sequence[str]) -> Exit:
+    """Compare the sessions of some participants, from what is in the output folder."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from bids_jointseg.longitudinal import compare_sessions
+
+    out_dir, bids_dir = settings.output_dir, settings.bids_dir
+    several = sum(len(list(out_dir.glob(f'sub-{label}/ses-*'))) > 1 for label in subjects)
+    processes = min(settings.nprocs, several)
+    jobs: dict[str, Callable[[], list[Path]]]
+    with ExitStack() as stack:
+        if processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(processes, get_context('forkserver')))
+            jobs = {
+                label: pool.submit(compare_sessions, out_dir, bids_dir, label).result
+                for label in subjects
+            }
+        else:
+            jobs = {
+                label: partial(compare_sessions, out_dir, bids_dir, label) for label in subjects
+            }
+        code = Exit.DONE
+        for label, job in jobs.items():
+            try:
+                paths = job()
+            except Exception as error:  # the results of each session are complete all the same
+                LOGGER.error('sub-%s: sessions were not compared: %s', label, error)
+                LOGGER.debug('', exc_info=True)
+                code = Exit.REPORT_FAILED
+            else:
+                if paths:
+                    LOGGER.info('sub-%s: sessions compared', label)
+    return code
 
 
 def write_reports(settings: Settings, card: ModelCard, subjects: Sequence[str]) -> Exit:
@@ -489,7 +539,34 @@ def read_plugin(settings: Settings) -> tuple[str, dict[str, Any]]:
         raise SettingsError(
             f'{path}: not a plugin file ({" ".join(str(error).split())})'
         ) from error
+    from nipype.pipeline import plugins
+
+    if not hasattr(plugins, f'{name}Plugin'):
+        raise SettingsError(f'{path}: Nipype has no plugin {name!r}: try MultiProc or Linear')
+    for key in ('n_procs', 'n_gpu_procs', 'memory_gb'):
+        amount = more.get(key, 1)
+        if name == 'MultiProc' and not (type(amount) in (int, float) and amount > 0):
+            raise SettingsError(f'{path}: {key} is {amount!r}: give a number above zero')
     return name, arguments | more if name == 'MultiProc' else more
+
+
+def check_device(settings: Settings) -> None:
+    """Refuse a GPU that this machine lacks, where the work is done on this machine.
+
+    Raises
+    ------
+    SettingsError
+        One line that says how many there are.
+    """
+    if not settings.device.startswith('cuda') or settings.use_plugin is not None:
+        return
+    import torch
+
+    there = torch.cuda.device_count()  # asks the driver, and does not start CUDA
+    if int(settings.device.partition(':')[2] or 0) >= there:
+        raise SettingsError(
+            f'device is {settings.device!r}: PyTorch sees {there} GPUs here: choose auto or cpu'
+        )
 
 
 def _prepare_environment(settings: Settings) -> None:

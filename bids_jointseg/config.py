@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import tomllib
 import uuid
 from dataclasses import dataclass, field, fields
@@ -19,6 +21,47 @@ NATIVE_SPACES = ('T1w', 'FLAIR')
 
 class SettingsError(ValueError):
     """A setting has no such name or value; one line that names it."""
+
+
+@dataclass(frozen=True)
+class StandardSpace:
+    """A template of TemplateFlow as an output space.
+
+    Attributes
+    ----------
+    name
+        Of the template: 'MNI152NLin2009cAsym'.
+    resolution, cohort
+        Its indices in TemplateFlow; None where they are not asked for.
+    """
+
+    name: str
+    resolution: int | None = None
+    cohort: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> StandardSpace:
+        """Read fMRIPrep's notation, ``NAME[:res-N][:cohort-N]``.
+
+        Raises
+        ------
+        SettingsError
+            If it is none.
+        """
+        name, *modifiers = text.split(':')
+        indices = [re.fullmatch(r'(res|cohort)-0*(\d{1,4})', item) for item in modifiers]
+        values = {match[1]: int(match[2]) for match in indices if match}
+        if not re.fullmatch('[A-Za-z0-9]+', name) or len(values) < len(modifiers):
+            raise SettingsError(
+                f'output_spaces has {text!r}: write T1w, FLAIR, or a template of TemplateFlow as '
+                'NAME[:res-N][:cohort-N]'
+            )
+        return cls(name, values.get('res'), values.get('cohort'))
+
+    def __str__(self) -> str:
+        cohort = '' if self.cohort is None else f':cohort-{self.cohort}'
+        resolution = '' if self.resolution is None else f':res-{self.resolution}'
+        return f'{self.name}{cohort}{resolution}'
 
 
 def available_cpus() -> int:
@@ -55,6 +98,8 @@ class Settings:
         Memory that may be used at once, in GB; None leaves it to Nipype (90 % of the machine's).
     fast
         One pass of the network per scan, without its mirror image.
+    output_spaces
+        The native ones, which are always written, and templates: see :class:`StandardSpace`.
     run_id
         Names the log folder of this run.
     """
@@ -102,12 +147,7 @@ class Settings:
             for item in (value,) if isinstance(value, str) else value:
                 if item not in allowed:
                     raise SettingsError(f'{name} is {item!r}: choose from {", ".join(allowed)}')
-        for space in self.output_spaces:
-            if space not in NATIVE_SPACES:
-                raise SettingsError(
-                    f'output_spaces has {space!r}: only the native spaces T1w and FLAIR are '
-                    'written by this version, standard spaces come later'
-                )
+        _ = self.standard_spaces  # parsed to see whether they can be
         kind, _, number = self.device.partition(':')
         if self.device not in ('auto', 'cpu', 'cuda') and not (
             kind == 'cuda' and number.isdecimal()
@@ -115,8 +155,16 @@ class Settings:
             raise SettingsError(f'device is {self.device!r}: choose auto, cpu, cuda or cuda:N')
         for name in ('nprocs', 'omp_nthreads', 'n_gpu_procs', 'mem'):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise SettingsError(f'{name} is {value}: give a number above zero')
+        if not 0 <= self.random_seed < 2**31 - 1:
+            raise SettingsError(f'random_seed is {self.random_seed}: give a number from 0')
+
+    @property
+    def standard_spaces(self) -> tuple[StandardSpace, ...]:
+        """The output spaces beside the native ones, each once."""
+        asked = (text for text in self.output_spaces if text not in NATIVE_SPACES)
+        return tuple(dict.fromkeys(map(StandardSpace.parse, asked)))
 
     def to_toml(self) -> str:
         """Return the settings as TOML; what is None is left out."""
@@ -138,14 +186,14 @@ class Settings:
         """
         try:
             record = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise SettingsError(f'not TOML: {error}') from error
         record.pop('run_id', None)  # a repeated run is another run
         hints = get_type_hints(cls)
         unknown = sorted(set(record) - set(hints))
         if unknown:
             raise SettingsError(f'no such setting: {", ".join(unknown)}')
-        values = {name: _convert(name, value, hints[name]) for name, value in record.items()}
+        values = {name: convert(name, value, hints[name]) for name, value in record.items()}
         return cls(**values | changes)
 
 
@@ -163,18 +211,35 @@ def _format(value: object) -> str:
     return repr(value)
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Return a TOML value as the type that a field declares."""
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Return a value of TOML or JSON as the type that a field declares.
+
+    Raises
+    ------
+    SettingsError
+        If it is of another kind.
+    """
+    if hint is Any:
+        return value
     if isinstance(hint, UnionType):
+        if value is None and NoneType in get_args(hint):
+            return None
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
-    if hint is Path and isinstance(value, str):
-        return Path(value).expanduser().absolute()
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    kinds = get_args(hint)
+    if hint is Path and isinstance(value, str) and '\0' not in value:
+        return Path(os.path.abspath(os.path.expanduser(value)))
+    if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
+    if get_origin(hint) is list and isinstance(value, list):
+        return [convert(name, item, kinds[0]) for item in value]
     if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_convert(name, item, get_args(hint)[0]) for item in value)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise SettingsError(f'{name} is {value!r}: give {len(kinds)} of them')
+        return tuple(convert(name, item, kind) for item, kind in zip(value, kinds, strict=True))
     if get_origin(hint) is dict and isinstance(value, dict):
-        return {key: _convert(name, item, get_args(hint)[1]) for key, item in value.items()}
+        return {key: convert(name, item, kinds[1]) for key, item in value.items()}
     if type(value) is not hint:
         raise SettingsError(f'{name} is {value!r}: not a {getattr(hint, "__name__", hint)}')
     return value

@@ -27,6 +27,7 @@ import itertools
 import logging
 import math
 import os
+import warnings
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,6 +62,12 @@ measured to have 0.38 (one of them skull-stripped) to 0.88, a head and noise 0.0
 
 LEAST_OVERLAP = 0.2
 """Share of the smaller head in the other below which they do not overlap."""
+
+SPIKE = 1000
+"""Times the 99th percentile of a scan above which a voxel shows no tissue."""
+
+_DEFLATE = 1032
+"""Most bytes that one byte of a gzip file can stand for."""
 
 _INTERPOLATORS = {0: sitk.sitkNearestNeighbor, 1: sitk.sitkLinear, 3: sitk.sitkBSpline}
 _CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
@@ -136,7 +143,8 @@ def load_scan(path: str | os.PathLike[str]) -> Volume:
     """Read a scan and conform it in memory; its voxel axes stay as they are.
 
     Questionable data are repaired with a warning: a fourth axis of length one is dropped,
-    non-finite voxels are set to 0. Where the qform and the sform disagree, the sform wins.
+    non-finite voxels are set to 0, stray ones far brighter than any tissue are dimmed. Where the
+    qform and the sform disagree, the sform wins.
 
     Parameters
     ----------
@@ -178,7 +186,21 @@ def load_scan(path: str | os.PathLike[str]) -> Volume:
         raise ImageError(
             f'{path}: no intensity is above zero: save the scan with its original intensities'
         )
-    return Volume(data, grid)
+    return Volume(_without_spikes(path, data), grid)
+
+
+def _without_spikes(path: str | os.PathLike[str], data: Float32) -> Float32:
+    """Dim what is :data:`SPIKE` times as bright as the head: it would pass for all of the head."""
+    bright = float(np.percentile(data[data > 0], 99))
+    if float(data.max()) <= SPIKE * bright:
+        return data
+    LOGGER.warning(
+        '%s: %d voxels are more than %d times as bright as the head and are dimmed',
+        path,
+        (data > SPIKE * bright).sum(),
+        SPIKE,
+    )
+    return np.minimum(data, np.float32(bright))
 
 
 def load_labels(path: str | os.PathLike[str]) -> Volume:
@@ -218,8 +240,13 @@ def load_grid(path: str | os.PathLike[str]) -> Grid:
 
 def _open(path: str | os.PathLike[str]) -> tuple[nib.Nifti1Pair, Grid]:
     """Open a NIfTI file, check its header, and leave its data on disk."""
+    if Path(path).is_symlink() and not Path(path).exists():
+        raise ImageError(
+            f'{path}: a link to a file that is not there: get its content first (datalad get)'
+        )
     try:
-        image = nib.load(path, mmap=False)  # type: ignore[call-arg]
+        with _repairs() as repaired:
+            image = nib.load(path, mmap=False)  # type: ignore[call-arg]
     except FileNotFoundError as error:
         raise ImageError(f'{path}: no such file: check the path') from error
     except PermissionError as error:
@@ -228,10 +255,15 @@ def _open(path: str | os.PathLike[str]) -> tuple[nib.Nifti1Pair, Grid]:
         OSError,
         EOFError,
         ValueError,
+        OverflowError,
         zlib.error,
         nib.filebasedimages.ImageFileError,
         nib.spatialimages.HeaderDataError,
     ) as error:
+        if Path(path).is_file() and _is_pointer(path):
+            raise ImageError(
+                f'{path}: a git-annex pointer without content: get it first (datalad get)'
+            ) from error
         raise ImageError(
             f'{path}: not a readable NIfTI file ({_one_line(error)}): '
             'copy it again or convert the scan to NIfTI'
@@ -251,6 +283,10 @@ def _open(path: str | os.PathLike[str]) -> tuple[nib.Nifti1Pair, Grid]:
     if len(shape) > 3:
         LOGGER.warning('%s: %d dimensions with one volume: read as 3-D', path, len(shape))
 
+    if any('non-zero' in line for line in repaired) and not image.header['sform_code']:
+        raise ImageError(f'{path}: its voxels have no size: repair pixdim, or convert it again')
+    if repaired:
+        LOGGER.warning('%s: its header was repaired: %s', path, '; '.join(repaired))
     affine = np.asarray(image.affine, dtype=np.float64)
     grid = Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
     spacing = grid.spacing_mm
@@ -272,8 +308,52 @@ def _open(path: str | os.PathLike[str]) -> tuple[nib.Nifti1Pair, Grid]:
             f'{path}: {_by(grid.shape)} voxels of {_by(spacing)} mm do not cover a brain: '
             'give a whole-brain scan'
         )
+    stored: Any = image.dataobj
+    needed = stored.offset + math.prod(grid.shape) * dtype.itemsize
+    if needed > _most_bytes(Path(image.file_map['image'].filename or path)):
+        raise ImageError(
+            f'{path}: the file is truncated, or its header wrong: {_by(grid.shape)} voxels '
+            'cannot be in a file of this size, copy or convert it again'
+        )
     _warn_of_geometry(path, image, grid)
     return image, grid
+
+
+@contextmanager
+def _repairs() -> Iterator[list[str]]:
+    """Collect what nibabel says of a header that it repairs; it does not name the file."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger = nib.imageglobals.logger
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Collect()], False
+    try:
+        with warnings.catch_warnings(record=True, action='always') as caught:
+            yield said
+    finally:
+        logger.handlers, logger.propagate = before
+        said += [' '.join(str(warning.message).split()) for warning in caught]
+
+
+def _is_pointer(path: str | os.PathLike[str]) -> bool:
+    """Tell whether git-annex left a pointer where the content would be."""
+    start = b'/annex/objects/'
+    try:
+        with Path(path).open('rb') as stream:
+            return stream.read(len(start)) == start
+    except OSError:
+        return False
+
+
+def _most_bytes(path: Path) -> float:
+    """Return how much a file can hold, unpacked, so that no memory is asked for in vain."""
+    if path.suffix == '.gz':
+        return path.stat().st_size * _DEFLATE
+    return path.stat().st_size if path.suffix in ('.nii', '.img') else math.inf
 
 
 def _warn_of_geometry(path: str | os.PathLike[str], image: Any, grid: Grid) -> None:
@@ -445,6 +525,8 @@ def load_itk(path: str | os.PathLike[str]) -> Matrix:
         lps[:3, 3] = parameters[9:] + centre - lps[:3, :3] @ centre
         if kind not in ('AffineTransform', 'MatrixOffsetTransformBase'):
             raise ValueError(kind)
+        if not (np.isfinite(lps).all() and abs(float(np.linalg.det(lps))) > 1e-6):
+            raise ValueError('it cannot be inverted')
     except (OSError, KeyError, ValueError) as error:
         raise ImageError(
             f'{path}: not an ITK affine in text ({_one_line(error)}): save it as one .txt affine'
@@ -729,7 +811,7 @@ def register(fixed: Volume, moving: Volume, *, threads: int = 1, seed: int = 0) 
     angles = itertools.product(np.deg2rad((-12.0, 0.0, 12.0)), repeat=3)
     starts = [(*turn, *shift) for turn in angles for shift in shifts]
 
-    images = [_sitk_image(_coarsened(volume, 5.0)) for volume in (fixed, moving)]
+    images = [_sitk_image(coarsened(volume, 5.0)) for volume in (fixed, moving)]
     method = _mutual_information(1.0, seed=seed, threads=threads)
     found = []
     for start in starts:
@@ -743,7 +825,7 @@ def register(fixed: Volume, moving: Volume, *, threads: int = 1, seed: int = 0) 
         (2.5, 60_000, 1.0, 1),
         (1.0, 45_000, 0.3, 1),
     ):
-        images = [_sitk_image(_coarsened(volume, millimetres)) for volume in (fixed, moving)]
+        images = [_sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
         share = min(1.0, samples / math.prod(images[0].GetSize()))
         starts = [start for _, start in sorted(found)[:keep]]
         found = []
@@ -799,7 +881,7 @@ def _mutual_information(share: float, *, seed: int, threads: int) -> Any:
 
 def _overlap(fixed: Volume, moving: Volume, matrix: Matrix) -> float:
     """Return the share of the smaller head that lies within the other."""
-    coarse = _coarsened(fixed, 5.0)
+    coarse = coarsened(fixed, 5.0)
     there = Volume((moving.data > foreground(moving.data)).astype(np.float32), moving.grid)
     a = coarse.data > foreground(coarse.data)
     b = resample(there, coarse.grid, matrix, threads=1) > 0.5
@@ -820,7 +902,7 @@ def _clamped(volume: Volume) -> Volume:
     return Volume(np.clip(volume.data, 0, limit), volume.grid)
 
 
-def _coarsened(volume: Volume, millimetres: float) -> Volume:
+def coarsened(volume: Volume, millimetres: float) -> Volume:
     """Return the volume with voxels of at least so many millimetres."""
     spacing = np.maximum(volume.grid.spacing_mm, millimetres)
     grid = _subgrid(volume.grid, spacing, np.zeros(3), np.array(volume.grid.shape) - 1)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bids_jointseg.labels import CLASSES
+from bids_jointseg.labels import CLASSES, TISSUES
 
 LOGGER = logging.getLogger('bids_jointseg')
 
@@ -140,6 +140,21 @@ def combine(
         mean **= np.float32(1 / temperature)
         mean /= mean.sum(axis=0)
     return mean
+
+
+def consensus(members: Sequence[NDArray[np.float32]]) -> float:
+    """Return the mean Dice of the tissues between the first member and the others, 0 to 1.
+
+    A tissue that neither has counts for nothing; one member agrees with itself.
+    """
+    first, *others = (member.argmax(axis=0) for member in members)
+    scores = []
+    for other in others:
+        for name in TISSUES:
+            a, b = first == CLASSES.index(name), other == CLASSES.index(name)
+            if a.any() or b.any():
+                scores.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+    return float(np.mean(scores)) if scores else 1.0
 
 
 def agreement(members: Sequence[NDArray[np.float32]], name: str) -> NDArray[np.float32]:

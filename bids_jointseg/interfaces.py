@@ -31,7 +31,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from bids_jointseg import bids, image, lesions, reports
+from bids_jointseg import bids, image, lesions, quality, reports, standard
 from bids_jointseg.card import ModelError, read_card
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import CLASSES, LABELS
@@ -44,10 +44,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger('bids_jointseg')
 
 LESION = next(label.index for label in LABELS if label.abbreviation == 'L')
-PLAUSIBLE_BRAIN_ML = (700, 2000)
-"""Brain mask of a living person over five: outside, something went wrong."""
-CUT_MM2 = 1000
-"""Brain on the outermost plane of a scan: more than the brainstem, so something is missing."""
 LEAST_COVERAGE, FULL_COVERAGE = 0.1, 0.7
 """Share of the head on the T1w that the FLAIR shows: less is an error, or worth a look.
 
@@ -118,11 +114,17 @@ class Check(SimpleInterface):
     output_spec = _CheckOutput
 
     def _run_interface(self, runtime: Any) -> Any:
+        volumes: list[Volume] = []
         with _warnings() as flags:
             for name in ('t1w', 'flair'):
                 path = getattr(self.inputs, name)
                 if isdefined(path):
                     volume = image.load_scan(path)
+                    if any(np.array_equal(volume.data, other.data) for other in volumes):
+                        raise ImageError(
+                            f'{path}: a copy of the T1w: replace it, or run with --ignore flair'
+                        )
+                    volumes.append(volume)
                     self._results[name] = _save(name, data=volume.data, affine=volume.grid.affine)
                     flags[:] = [flag.replace(str(path), Path(path).name) for flag in flags]
         self._results['flags'] = flags
@@ -297,20 +299,24 @@ class _SegmentInput(BaseInterfaceInputSpec):
     use_gpu = traits.Bool(False, usedefault=True, nohash=True)
 
 
+class _SegmentOutput(_PassesOutput):
+    consensus = traits.Float(desc='least Dice between the members, of any pass')
+
+
 class Segment(SimpleInterface):
     """Run the network on every pass (:func:`.inference.predict`)."""
 
     input_spec = _SegmentInput
-    output_spec = _PassesOutput
+    output_spec = _SegmentOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.inference import agreement, combine, predict
+        from bids_jointseg.inference import agreement, combine, consensus, predict
         from bids_jointseg.network import load_model
 
         inputs = self.inputs
         card = read_card(inputs.model)
         network = load_model(card)
-        passes = []
+        passes, agreed = [], []
         for path in inputs.passes:
             images = _load(path)
             affine = images.pop('affine')
@@ -326,9 +332,11 @@ class Segment(SimpleInterface):
             # Half precision resolves far more than the 1/255 that is written in the end.
             half = combine(members, inputs.temperature).astype(np.float16)
             votes = agreement(members, 'L').astype(np.float16)
+            agreed.append(consensus(members))
             passes.append(
                 _save(Path(path).stem, affine=affine, probabilities=half, agreement=votes)
             )
+        self._results['consensus'] = min(agreed)
         self._results['passes'] = passes
         return runtime
 
@@ -412,6 +420,46 @@ def entropy(probabilities: NDArray[np.floating]) -> NDArray[np.float32]:
     return np.clip(total / np.float32(np.log(len(probabilities))), 0, 1)
 
 
+class _QualityInput(BaseInterfaceInputSpec):
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR')
+    transform = File(desc='T1w -> FLAIR')
+    t1w_labels = File()
+    flair_labels = File()
+    doubt_mm3 = traits.Dict(mandatory=True)
+    consensus = traits.Float(mandatory=True, desc='of the members of the ensemble')
+
+
+class _QualityOutput(TraitedSpec):
+    quality = traits.Dict(desc='verdict, reasons, measures')
+
+
+class MeasureQuality(SimpleInterface):
+    """Measure a scan and its segmentation, and judge them (:mod:`.quality`)."""
+
+    input_spec = _QualityInput
+    output_spec = _QualityOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        volumes = _load_volumes(inputs)
+        reference = next(iter(volumes))
+        measures = quality.measure(
+            volumes,
+            np.load(getattr(inputs, f'{reference.lower()}_labels')),
+            between=_between(inputs.transform),
+            doubt_mm3=inputs.doubt_mm3,
+            agreement=inputs.consensus,
+        )
+        verdict, reasons = quality.judge(measures)
+        self._results['quality'] = {
+            'verdict': verdict,
+            'reasons': reasons,
+            'measures': {name: round(value, 4) for name, value in measures.items()},
+        }
+        return runtime
+
+
 class _WriteInput(BaseInterfaceInputSpec):
     scan = traits.Any(mandatory=True, desc='the unit of work, a Scan')
     bids_dir = traits.Str(mandatory=True)
@@ -428,6 +476,7 @@ class _WriteInput(BaseInterfaceInputSpec):
     lesion = File(mandatory=True, desc='probability of L and agreement on it')
     doubt_mm3 = traits.Dict(mandatory=True)
     repeatability = traits.Dict({}, usedefault=True, desc='of the card')
+    quality = traits.Dict(mandatory=True, desc='of :class:`MeasureQuality`')
     flags = traits.List(traits.Str, [], usedefault=True, desc='of the check')
     alignment_flags = traits.List(traits.Str, [], usedefault=True, desc='of the registration')
 
@@ -510,7 +559,8 @@ class WriteDerivatives(SimpleInterface):
             *scan.notes,
             *inputs.flags,
             *inputs.alignment_flags,
-            *findings(own, volumes),
+            *inputs.quality['reasons'],
+            *limitations(volumes),
         ]
         bids.write_tables(
             out_dir,
@@ -520,6 +570,7 @@ class WriteDerivatives(SimpleInterface):
             intervals=intervals(image.volumes_mm3(own, grid), inputs),
             lesions=found,
             flags=flags,
+            quality=dict(inputs.quality),
             configuration=dict(inputs.configuration),
         )
         self._results['summary'] = str(summary)
@@ -545,6 +596,13 @@ def intervals(
     }
 
 
+def limitations(volumes: Mapping[str, Volume]) -> list[str]:
+    """Return what the result cannot be, for want of a scan, one line each."""
+    if 'FLAIR' in volumes:
+        return []
+    return ['no FLAIR: lesions are judged on the T1w alone and many are missed']
+
+
 def skull_stripped(volume: Volume, brain: NDArray[np.bool_]) -> bool:
     """Tell whether a scan shows a brain without its head.
 
@@ -560,38 +618,6 @@ def skull_stripped(volume: Volume, brain: NDArray[np.bool_]) -> bool:
     """
     outside = (volume.data > image.foreground(volume.data)) & ~brain
     return bool(outside.sum() < 0.25 * brain.sum())
-
-
-def findings(labels: NDArray[np.uint8], volumes: Mapping[str, Volume]) -> list[str]:
-    """Return what a reader should look at before trusting a segmentation, one line each.
-
-    Parameters
-    ----------
-    labels
-        (X, Y, Z) on the grid of the reference scan.
-    volumes
-        Modality -> scan; the reference comes first.
-    """
-    grid = next(iter(volumes.values())).grid
-    found = []
-    low, high = PLAUSIBLE_BRAIN_ML
-    millilitres = sum(image.volumes_mm3(labels, grid).values()) / 1000
-    if not low <= millilitres <= high:
-        found.append(
-            f'brain volume {millilitres:.0f} mL is not between {low} and {high} mL: '
-            'look at the figures'
-        )
-    spacing = grid.spacing_mm
-    areas = [
-        (labels.take(end, axis=axis) > 0).sum() * spacing.prod() / spacing[axis]
-        for axis in range(3)
-        for end in (0, -1)
-    ]
-    if max(areas) > CUT_MM2:
-        found.append('the brain reaches the edge of the scan: volumes may be too small')
-    if 'FLAIR' not in volumes:
-        found.append('no FLAIR: lesions are judged on the T1w alone and many are missed')
-    return found
 
 
 class _FiguresInput(BaseInterfaceInputSpec):
@@ -635,6 +661,127 @@ class DrawFigures(SimpleInterface):
             **arrays,
         )
         self._results['figures'] = [str(path) for path in written]
+        return runtime
+
+
+# --- standard space -----------------------------------------------------------------------------
+
+
+class _TemplateInput(BaseInterfaceInputSpec):
+    template = File(exists=True, mandatory=True, desc='T1w of the template')
+    mask = File(exists=True, mandatory=True, desc='its brain')
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR, where there is no T1w')
+    labels = File(mandatory=True, desc='(X, Y, Z) uint8 on the grid of the scan')
+    pair = traits.Str(desc='how to call the two in a message')
+
+
+class _TemplateOutput(TraitedSpec):
+    transform = File(desc='points of the template -> points of the scan, ITK text')
+    fit = traits.Dict(desc='of :func:`.standard.measure_fit`')
+
+
+class RegisterTemplate(SimpleInterface):
+    """Register a scan with a template (:func:`.standard.register`)."""
+
+    input_spec = _TemplateInput
+    output_spec = _TemplateOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        volume = next(iter(_load_volumes(inputs).values()))
+        labels = np.load(inputs.labels)
+        try:
+            template, inside = standard.load_template(Path(inputs.template), Path(inputs.mask))
+            transform = standard.register(template, inside, volume, labels > 0, labels == LESION)
+        except ImageError as error:
+            raise ImageError(f'{inputs.pair}: {error}') from error
+        path = standard.save_transform(transform, Path.cwd() / 'transform.txt')
+        self._results['transform'] = str(path)
+        self._results['fit'] = standard.measure_fit(
+            transform, template.grid, inside, volume.grid, labels
+        )
+        return runtime
+
+
+class _StandardInput(BaseInterfaceInputSpec):
+    scan = traits.Any(mandatory=True, desc='the unit of work, a Scan')
+    space = traits.Any(mandatory=True, desc='a StandardSpace')
+    bids_dir = traits.Str(mandatory=True)
+    out_dir = traits.Str(mandatory=True)
+    level = traits.Enum('full', 'minimal', usedefault=True)
+    configuration = traits.Dict(desc='what decides the result beside the scans and the template')
+    template = File(exists=True, mandatory=True, desc='on whose grid results are written')
+    t1w = File(desc='conformed T1w')
+    flair = File(desc='conformed FLAIR, where there is no T1w')
+    labels = File(mandatory=True, desc='(X, Y, Z) uint8 on the grid of the scan')
+    probabilities = File(mandatory=True, desc='(C, X, Y, Z) uint8, 255 is 1')
+    transform = File(mandatory=True, desc='template -> scan, ITK text')
+    fit = traits.Dict(desc='of the registration')
+
+
+class WriteStandard(SimpleInterface):
+    """Write the results of one scan in one standard space; the labels' sidecar comes last."""
+
+    input_spec = _StandardInput
+    output_spec = _WriteOutput
+
+    def _run_interface(self, runtime: Any) -> Any:
+        inputs = self.inputs
+        scan: bids.Scan = inputs.scan
+        bids_dir, out_dir = Path(inputs.bids_dir), Path(inputs.out_dir)
+        names = bids.expected_in(inputs.space, scan, inputs.level)
+        summary = bids.derivative(out_dir, scan, names[-1])
+        summary.parent.mkdir(parents=True, exist_ok=True)
+        summary.unlink(missing_ok=True)  # what is there now is about to be replaced
+
+        grid = image.load_grid(inputs.template)
+        ((reference, volume),) = list(_load_volumes(inputs).items())[:1]
+        transform = standard.load_transform(Path(inputs.transform))
+        pull = standard.Puller(transform, grid, volume.grid)
+        probabilities = np.load(inputs.probabilities, mmap_mode='r')
+        joint = standard.bring_probabilities(
+            pull, (part / np.float32(255) for part in probabilities)
+        )
+        labels = image.label_map(joint)
+        uri = standard.template_uri(Path(inputs.template))
+
+        def write(name: str, data: NDArray[Any], *, last: bool = False, **options: Any) -> None:
+            path = bids.derivative(out_dir, scan, bids.in_space(inputs.space, name) + '.nii.gz')
+            record = bids.sidecar_in(
+                inputs.space,
+                scan,
+                name,
+                bids_dir,
+                template=uri,
+                grid=' x '.join(f'{mm:g}' for mm in grid.spacing_mm) + ' mm',
+            )
+            if 'desc-preproc' in name:
+                record['SkullStripped'] = skull_stripped(volume, np.load(inputs.labels) > 0)
+            if last:
+                record['configuration'] = dict(inputs.configuration)
+            options.setdefault('dtype', np.uint8)
+            image.save(path, data, grid, **options)
+            bids.write_json(path.with_name(path.name.split('.')[0] + '.json'), record)
+
+        path = bids.derivative(out_dir, scan, names[0])
+        standard.save_transform(transform, path)
+        record = {
+            'Description': f'From the {reference} to the template {inputs.space.name}, for images',
+            'Sources': [bids.raw_uri(scan.reference, bids_dir), uri],
+            **inputs.fit,
+        }
+        bids.write_json(path.with_suffix('.json'), record)
+        write('label-L_mask', (labels == LESION).astype(np.uint8))
+        if inputs.level == 'full':
+            write('desc-brain_mask', (labels > 0).astype(np.uint8))
+            for name, array in zip(CLASSES[1:], joint[1:], strict=True):
+                write(f'seg-jointseg_label-{name}_probseg', array, slope=1 / 255)
+            data = pull(volume.data)
+            slope = (float(np.abs(data).max()) or 1.0) / np.iinfo(np.int16).max
+            write(f'desc-preproc_{reference}', data, dtype=np.int16, slope=slope)
+        write('seg-jointseg_dseg', labels, last=True)
+        self._results['summary'] = str(summary)
         return runtime
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from bids_jointseg.card import MODALITIES, ModelCard, ModelError
+from bids_jointseg.card import MODALITIES, ModelCard, ModelError, read_weights
 from bids_jointseg.labels import CLASSES
 
 Images = Mapping[str, Tensor]
@@ -224,12 +224,13 @@ def build(architecture: Mapping[str, object], modalities: Sequence[str] = MODALI
     arguments = dict(architecture)
     kinds = {'unet': UNet, 'highresnet': HighResNet}
     name = arguments.pop('name', None)
-    if name not in kinds:
+    if name not in tuple(kinds):
         raise ModelError(f'architecture {name!r} is not one of {", ".join(kinds)}')
     try:
         network = kinds[cast(str, name)](modalities=modalities, **arguments)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ModelError(f'architecture {name!r}: {error}') from error
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())
+        raise ModelError(f'architecture {name!r}: {reason}') from error
     return cast(nn.Module, network.to(memory_format=torch.channels_last_3d))
 
 
@@ -241,23 +242,21 @@ def load_model(card: ModelCard) -> nn.Module:
     ModelError
         If the weights cannot be read, are not the ones that the card names, or do not fit.
     """
+    content = read_weights(card)
     try:
-        content = card.weights.read_bytes()
-    except OSError as error:
-        raise ModelError(f'{card.weights}: cannot read the weights ({error.strerror})') from error
-    if hashlib.sha256(content).hexdigest() != card.sha256:
-        raise ModelError(
-            f'{card.weights}: the weights are not those of the card (SHA-256 differs): '
-            'get both files again'
-        )
-    network = build(card.architecture, card.modalities)
-    try:
-        network.load_state_dict(
-            {name: tensor.float() for name, tensor in load_tensors(content).items()}
-        )
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        widths = [width for width in card.architecture.get('channels', ()) if type(width) is int]
+        if sum(27 * width**2 for width in widths) > len(content):  # before memory is asked for
+            raise RuntimeError(f'{widths} channels have more than {len(content)} weights')
+        network = build(card.architecture, card.modalities)
+        tensors = {name: tensor.float() for name, tensor in load_tensors(content).items()}
+        network.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        reason = ' '.join(str(error).split())[:300]
         raise ModelError(f'{card.weights}: the weights do not fit the card: {reason}') from error
+    except ModelError as error:
+        raise ModelError(f'{card.path}: {error}') from error
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ModelError(f'{card.weights}: some weights are not finite numbers: train it again')
     return network.eval()
 
 

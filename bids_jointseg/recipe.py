@@ -272,7 +272,7 @@ def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
             f'{file}: cannot read the recipe ({error.strerror}): '
             f'give a TOML file, or one of {known}'
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f'{file}: not TOML: {error}') from error
     overrides = record.pop('smoke', {})
     if smoke:

@@ -22,6 +22,7 @@ import re
 import statistics
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -45,10 +46,10 @@ from bids_jointseg.image import Grid, Volume, foreground
 from bids_jointseg.labels import LABELS, Label
 from bids_jointseg.lesions import ZONES
 from bids_jointseg.metrics import bland_altman
+from bids_jointseg.quality import RULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -567,7 +568,7 @@ def _finish(
     legend: Sequence[Label] = (),
     tags: Sequence[Tag] = (),
     *,
-    heat: bool = False,
+    heat: bool | str = False,
     text: str = '',
     below: Sequence[str] = (),
     caption: bool = True,
@@ -612,6 +613,7 @@ def _finish(
         ramp = np.rint(_heat(np.linspace(0, 1, 160)) * 255).astype(np.uint8)
         framed.paste(Image.fromarray(np.repeat(ramp[None], 12, axis=0)), (x, y - 6))
         words = f'uncertainty, normalised entropy: 0 to {UNCERTAIN} and above'
+        words = heat if isinstance(heat, str) else words
         write(x + 170, y, words, 'lm')
     write(12, framed.height - 14, text + CONVENTION, 'lm', '#c8c8c8')
     return np.asarray(framed)
@@ -1003,7 +1005,7 @@ def draw_changes(
     for mosaic, words in rows:
         bare = [_gray(mosaic.cut(window)) for window in windows]
         over = bare[-1].copy()
-        for name, array in reversed(marked.items()):
+        for name, array in reversed(list(marked.items())):
             field = mosaic.cut(array, kernel='linear')
             if field.any():
                 _draw_line(over, field, CHANGES[name][0], level=0.3)
@@ -1027,6 +1029,39 @@ def draw_changes(
         text = f'Each close frame is {extent_mm:.0f} mm wide; volumes are in cubic mm. '
     draw.text((12, top + 40), text + CONVENTION, '#c8c8c8', _font(13), anchor='lm')
     return write_bytes(path, _png(np.asarray(framed)))
+
+
+def draw_frequency(
+    background: Volume, frequency: NDArray[np.floating], *, people: int
+) -> bytes:
+    """Draw how often each voxel of a template is a lesion.
+
+    Parameters
+    ----------
+    background
+        What it is shown over, 0 to 1; 0 around the brain or the head.
+    frequency
+        (X, Y, Z) on the same grid, share of people with a lesion there.
+    people
+        Their number, for the legend.
+
+    Returns
+    -------
+    bytes
+        A PNG file.
+    """
+    shown = Volume(*upright(background.data, background.grid))
+    frequency = upright(frequency, background.grid)[0]
+    # The slices are those of a label map, with more lesion where lesions are more frequent.
+    often = frequency > 0.3 * frequency.max()
+    labels = np.where(often & (frequency > 0), LESION.index, (shown.data > 0.1) * 1)
+    mosaic = plan_mosaic(shown, labels.astype(np.uint8), follow_lesions=True)
+    top = max(float(frequency.max()), 1e-6)
+    heat = np.clip(mosaic.cut(frequency, kernel='linear') / top, 0, 1)
+    opacity = np.clip(6 * heat, 0, 0.9)[..., None]
+    canvas = 0.8 * _gray(mosaic.cut(shown.data)) * (1 - opacity) + _heat(heat) * opacity
+    words = f'lesions: 0 to {top:.0%} of {people} {"person" if people == 1 else "people"}'
+    return _png(_finish(mosaic, canvas, heat=words if frequency.any() else 'no lesions'))
 
 
 # ------------------------------------------------------------------------------------- subject
@@ -1102,7 +1137,7 @@ GROUPS: tuple[tuple[str, int, tuple[tuple[str, tuple[str, str], str], ...]], ...
     ),
 )
 # Entities that name a result, not the scan that it is made from.
-_OURS = ('space', 'res', 'den', 'seg', 'label', 'desc', 'from', 'to', 'mode')
+_OURS = ('space', 'cohort', 'res', 'den', 'seg', 'label', 'desc', 'from', 'to', 'mode')
 
 
 def subject_report(out_dir: Path, subject: str, *, provenance: Mapping[str, Any]) -> Path:
@@ -1132,6 +1167,9 @@ def subject_report(out_dir: Path, subject: str, *, provenance: Mapping[str, Any]
         subject=subject,
         classes=CLASSES,
         scans=[_scan(out_dir, table) for table in _tables(out_dir, f'sub-{subject}')],
+        changes=[change for _, change in _changes(out_dir, f'sub-{subject}')],
+        kinds=CHANGES,
+        names={'brain': 'Brain'} | {label.abbreviation: label.name for label in CLASSES},
         provenance=provenance,
         methods=_markdown(methods.read_text(encoding='utf-8')) if methods.is_file() else '',
     )
@@ -1180,6 +1218,43 @@ def _scan(out_dir: Path, table: Path) -> dict[str, Any]:
     }
 
 
+def _changes(out_dir: Path, subject: str = 'sub-*') -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield every comparison of two sessions, with the table that it is from, by name."""
+    tables = out_dir.glob(f'{subject}/ses-*/anat/*_desc-longitudinal_morph.tsv')
+    for table in sorted(tables, key=lambda path: path.name):
+        stem = table.name.removesuffix('_desc-longitudinal_morph.tsv')
+        try:
+            record = json.loads(table.with_suffix('.json').read_text(encoding='utf-8'))
+            volumes = list(_read(table))
+            lesions = list(_read(table.with_name(f'{stem}_desc-lesionchange_morph.tsv')))
+            comparisons = list(record['comparisons'])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOGGER.warning('%s: left out, it cannot be read (%s)', table, error)
+            continue
+        own = _own(table)
+        for comparison in comparisons:
+            since = comparison['since']
+            figure = out_dir / f'sub-{own["sub"]}' / 'figures' / comparison['figure']
+            words = f'{stem} since {since}'
+            yield (
+                table,
+                {
+                    'stem': stem,
+                    'since': since,
+                    'session': f'ses-{own["ses"]}',
+                    'title': ', '.join(
+                        [f'{since} to ses-{own["ses"]}']
+                        + [f'{k}-{v}' for k, v in own.items() if k not in ('sub', 'ses')]
+                    ),
+                    'notes': comparison['notes'],
+                    'counts': comparison['lesions'],
+                    'volumes': [row for row in volumes if row['since'] == since],
+                    'lesions': [row for row in lesions if row['since'] == since],
+                    'figure': _image(figure, words) if figure.is_file() else None,
+                },
+            )
+
+
 def _own(path: Path) -> dict[str, str]:
     """Return the entities of the scan from which a result was made."""
     return {key: value for key, value in entities(path).items() if key not in _OURS}
@@ -1198,15 +1273,44 @@ def _volumes(table: Path) -> dict[str, Any]:
         volumes[label.abbreviation] = blank | volumes.get(label.abbreviation, {})
     sidecar = table.with_suffix('.json')
     record = json.loads(sidecar.read_text(encoding='utf-8')) if sidecar.is_file() else {}
+    stem = table.name.removesuffix('_seg-jointseg_morph.tsv')
+    flags = list(record.get('flags', []))
+    for path in sorted(table.parent.glob(f'{stem}_from-*_to-*_mode-image_xfm.json')):
+        flags += json.loads(path.read_text(encoding='utf-8')).get('flags', [])
     return {
         'volumes': volumes,
         'brain_mm3': record.get('brain_volume_mm3', 'n/a'),
         'brain_low_mm3': record.get('brain_low_mm3', 'n/a'),
         'brain_high_mm3': record.get('brain_high_mm3', 'n/a'),
         'zones': record.get('lesion_zones', {}),
+        'verdict': record.get('quality', {}).get('verdict', 'n/a'),
+        'measures': _judged(record.get('quality', {}).get('measures', {})),
         'lesion_count': record.get('lesion_count', 'n/a'),
-        'flags': record.get('flags', []),
+        'flags': flags,
     }
+
+
+def _judged(measures: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the rows of the table of quality: each measure against its limits."""
+    rows = []
+    for rule in RULES:
+        if rule.measure in measures:
+            value = measures[rule.measure]
+            limits = {'check': rule.check, 'fail': rule.fail}
+            rows.append({
+                'measure': rule.measure,
+                'value': value,
+                'wrong': 'above' if rule.above else 'below',
+                'verdict': rule.verdict(value),
+                **{name: '' if x is None else f'{x:g}' for name, x in limits.items()},
+            })
+    known = {rule.measure for rule in RULES}
+    blank = dict.fromkeys(('wrong', 'verdict', 'check', 'fail'), '')
+    return rows + [
+        {'measure': name, 'value': value} | blank
+        for name, value in measures.items()
+        if name not in known
+    ]
 
 
 def _image(path: Path, words: str) -> dict[str, Any]:
@@ -1254,7 +1358,13 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {'number': _number, 'ml': _ml, 'percent': _percent}
+    environment.filters |= {
+        'number': _number,
+        'signed': _signed,
+        'signed_ml': lambda mm3: _signed(_float(mm3) / 1000, 2),
+        'ml': _ml,
+        'percent': _percent,
+    }
     return environment.get_template(template).render(values)
 
 
@@ -1275,6 +1385,13 @@ def _number(value: object, digits: int = 0) -> str:
     if not _known(value):
         return 'n/a'
     return f'{_float(value):,.{digits}f}'.replace(',', '\u202f').replace('-', '\u2212')
+
+
+def _signed(value: object, digits: int = 0) -> str:
+    """Write a change: what has no sign by its digits has none."""
+    text = _number(value, digits)
+    none = not _known(value) or float(f'{_float(value):.{digits}f}') == 0
+    return text.lstrip('\u2212') if none else text if text[0] == '\u2212' else f'+{text}'
 
 
 def _ml(volume_mm3: object, digits: int = 2) -> str:
@@ -1304,7 +1421,8 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
     -------
     tuple[Path, ...]
         ``group_volumes.tsv``, ``.csv`` and ``.json`` (one row per scan), ``group_lesions.tsv``
-        and ``.csv`` (one row per lesion).
+        and ``.csv`` (one row per lesion), and, if sessions were compared, ``group_changes.tsv``
+        and ``.csv`` (one row per comparison and class).
 
     Raises
     ------
@@ -1318,6 +1436,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
     extra = {key: None for path in tables for key in _own(path)}.keys() - {'sub', 'ses'}
     keys = ('participant_id', 'session_id', *sorted(extra), 'scan')
     measures = (
+        'quality',
         'brain_mm3',
         *(f'{label.abbreviation}_mm3' for label in CLASSES),
         'lesion_count',
@@ -1337,10 +1456,13 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         for table in tables:
             try:
                 found = _volumes(table)
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                LOGGER.warning('%s: left out, it cannot be read (%s)', table, error)
+            except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+                LOGGER.warning(
+                    '%s: left out, it cannot be read (%r): run its participant again', table, error
+                )
                 continue
             yield identity(table) | {
+                'quality': found['verdict'],
                 'brain_mm3': found['brain_mm3'],
                 **{
                     f'{label.abbreviation}_mm3': found['volumes'][label.abbreviation]['volume_mm3']
@@ -1359,8 +1481,14 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         for table in tables:
             own = identity(table)
             path = table.with_name(f'{own["scan"]}_desc-lesions_morph.tsv')
-            if path.is_file():
-                for row in _read(path):
+            try:
+                rows = list(_read(path)) if path.is_file() else []
+            except (OSError, ValueError, csv.Error) as error:
+                LOGGER.warning(
+                    '%s: left out, it cannot be read (%r): run its participant again', path, error
+                )
+            else:
+                for row in rows:
                     yield own | {name: row.get(name) or 'n/a' for name in LESION_COLUMNS}
 
     written = []
@@ -1372,6 +1500,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         written += [tsv, write_table(tsv.with_suffix('.csv'), columns, _read(tsv))]
     described = {
         'scan': {'Description': 'Start of the names of all results of the scan'},
+        'quality': {'Description': 'Verdict of the quality control: pass, check or fail'},
         'brain_mm3': {'Description': 'The six tissues and the lesions', 'Units': 'mm^3'},
         **{
             f'{label.abbreviation}_mm3': {'Description': label.name, 'Units': 'mm^3'}
@@ -1386,7 +1515,26 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         'flags': {'Description': 'Warnings, separated by semicolons'},
     }
     written.insert(2, write_json(out_dir / 'group_volumes.json', described))
-    return tuple(written)
+    return (*written, *_group_changes(out_dir, identity, keys))
+
+
+def _group_changes(
+    out_dir: Path, identity: Callable[[Path], dict[str, str]], keys: Sequence[str]
+) -> list[Path]:
+    """Gather the comparisons of all people, or remove what is left of earlier ones."""
+    rows = []
+    for table, change in _changes(out_dir):
+        own = identity(table) | {'scan': change['stem']}
+        for row in change['volumes']:
+            counts = change['counts'] if row['name'] == 'L' else dict.fromkeys(CHANGES, 'n/a')
+            rows.append(own | row | {f'lesions_{name}': counts[name] for name in CHANGES})
+    paths = [out_dir / f'group_changes.{extension}' for extension in ('tsv', 'csv')]
+    if not rows:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        return []
+    columns = list(dict.fromkeys([*keys, *(name for row in rows for name in row)]))
+    return [write_table(path, columns, rows) for path in paths]
 
 
 def group_report(out_dir: Path) -> Path:
@@ -1468,10 +1616,82 @@ def group_report(out_dir: Path) -> Path:
         strips=strips,
         unusual=sorted(unusual, key=lambda item: item['scan']),
         participants=len(pages),
+        trends=_trends(out_dir),
+        maps=_maps(out_dir),
         least=LEAST,
         version=__version__,
     )
     return write_text(out_dir / 'group.html', page)
+
+
+def _maps(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the lesion maps of the cohort: title, picture, and what it was made from."""
+    maps = []
+    for path in sorted(out_dir.glob('group_space-*_label-L_probseg.png')):
+        record = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+        title = path.name.removeprefix('group_space-').removesuffix('_label-L_probseg.png')
+        title = title.replace('_', ', ').replace('res-', 'resolution ')
+        maps.append(
+            {
+                'title': title,
+                'image': _image(path, f'Lesions in {title}'),
+                'href': path.name.replace('.png', '.nii.gz'),
+                'participants': record['participants'],
+                'scans': record['scans'],
+            }
+        )
+    return maps
+
+
+def _trends(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the plots of volumes over sessions in the template's terms: 540 wide, 140 high."""
+    table = out_dir / 'group_changes.tsv'
+    rows = list(_read(table)) if table.is_file() else []
+    trends = []
+    for name, title, unit in (('L', 'Lesions', 'ml'), ('brain', 'Brain', '% of the first')):
+        people: dict[tuple[str, ...], dict[str, float]] = {}
+        for row in rows:
+            if row['name'] == name:
+                others = entities(Path(f'{row["scan"]}_T1w'))
+                key = tuple(v for k, v in others.items() if k not in ('ses', 'run'))
+                line = people.setdefault((row['participant_id'], *key), {})
+                line[row['since']] = _float(row['before_mm3'])
+                line[row['session_id']] = _float(row['after_mm3'])
+        lines = []
+        for (person, *_), line in sorted(people.items()):
+            volumes = dict(sorted(line.items()))
+            base = next(iter(volumes.values())) / 100 if name == 'brain' else 1000
+            known = {k: v / base for k, v in volumes.items() if base and math.isfinite(v / base)}
+            if len(known) > 1:
+                lines.append((person, known))
+        sessions = sorted({session for _, known in lines for session in known})
+        if not sessions:
+            continue
+        values = [value for _, known in lines for value in known.values()]
+        ticks = _ticks(min(values), max(values), 3)
+        x, y = _scale(np.array([0, len(sessions) - 1]), 60, 530), _scale(ticks, 130, 10)
+        trends.append(
+            {
+                'title': f'{title}, {unit}',
+                'words': f'{title}: {len(lines)} people over {len(sessions)} sessions, from '
+                f'{_number(min(values), 2)} to {_number(max(values), 2)} {unit}',
+                'ticks': [(round(y(tick), 1), f'{tick:g}') for tick in ticks],
+                'sessions': [(round(x(k), 1), session) for k, session in enumerate(sessions)],
+                'lines': [
+                    {
+                        'href': f'{person}.html',
+                        'words': f'{person}: '
+                        + ', '.join(f'{_number(v, 2)} ({k})' for k, v in known.items()),
+                        'd': 'M'
+                        + 'L'.join(
+                            f'{x(sessions.index(k)):.1f} {y(v):.1f}' for k, v in known.items()
+                        ),
+                    }
+                    for person, known in lines
+                ],
+            }
+        )
+    return trends
 
 
 def usual_range(values: Sequence[float], *, skewed: bool = False) -> tuple[float, float, float]:

@@ -291,7 +291,7 @@ def test_settings_survive_toml(tmp_path):
         ('level = "most"', "level is 'most'"),
         ('nprocs = 0', 'nprocs is 0'),
         ('device = "tpu"', "device is 'tpu'"),
-        ('output_spaces = ["MNI152NLin2009cAsym"]', 'come later'),
+        ('output_spaces = ["MNI152NLin2009cAsym:2"]', 'NAME\\[:res-N\\]'),
         ('=', 'not TOML'),
     ],
 )

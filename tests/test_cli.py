@@ -125,7 +125,7 @@ def test_a_file_sets_what_the_command_does_not(tmp_path):
         (['--ignore', 't1w'], "ignore is 't1w'"),
         (['--device', 'tpu'], "device is 'tpu'"),
         (['--nprocs', '0'], 'nprocs is 0'),
-        (['--output-spaces', 'MNI152NLin6Asym'], 'standard spaces come later'),
+        (['--output-spaces', 'MNI:2mm'], "output_spaces has 'MNI:2mm'"),
         (['--derivatives', 'nowhere'], 'write NAME=PATH'),
         (['--derivatives', 'pre=/nowhere'], 'no such folder'),
         (['--model', 'nonsense'], "model 'nonsense' is not in the package"),

@@ -376,9 +376,9 @@ def test_volumes():
 def test_the_volume_in_doubt_is_what_the_probabilities_call_wrong():
     grid = Grid((3, 1, 1), np.diag([1.0, 2, 1, 1]))
     p = np.zeros((len(CLASSES), *grid.shape), np.float32)
-    p[[0, WM], 0] = 0.25, 0.75
-    p[[0, WM], 1] = 0.6, 0.4
-    p[[WM, L], 2] = 0.3, 0.7
+    p[[0, WM], 0, 0, 0] = 0.25, 0.75
+    p[[0, WM], 1, 0, 0] = 0.6, 0.4
+    p[[WM, L], 2, 0, 0] = 0.3, 0.7
     doubt = image.doubt_mm3(p, image.label_map(p), grid)
     assert doubt['WM'] == pytest.approx(2 * (0.25 + 0.4 + 0.3))
     assert doubt['L'] == pytest.approx(2 * 0.3)

@@ -376,6 +376,7 @@ def write_scan(out, stem, volumes=None, lesions=(), flags=()):
         'brain_volume_mm3': brain,
         'lesion_count': len(lesions),
         'lesion_zones': zones,
+        'quality': {'verdict': 'check', 'measures': {'brain_ml': 5.5, 'agreement': 0.9}},
         'flags': list(flags),
     }
     write_json(anat / f'{stem}_seg-jointseg_morph.json', record)
@@ -552,7 +553,7 @@ def test_group_tables(tmp_path, caplog):
     ]
     rows = read(paths[0])
     assert list(rows[0]) == [
-        *('participant_id', 'session_id', 'run', 'scan', 'brain_mm3'),
+        *('participant_id', 'session_id', 'run', 'scan', 'quality', 'brain_mm3'),
         *(f'{label.abbreviation}_mm3' for label in LABELS[1:]),
         'lesion_count',
         *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),

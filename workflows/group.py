@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from bids_jointseg.bids import DataError
 from bids_jointseg.reports import group_report, group_tables
+from bids_jointseg.standard import lesion_maps
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def gather(output_dir: Path) -> list[Path]:
-    """Write the tables and the report of a cohort.
+    """Write the tables, the lesion maps and the report of a cohort.
 
     Returns
     -------
@@ -29,4 +30,5 @@ def gather(output_dir: Path) -> list[Path]:
     """
     if not any(output_dir.glob('sub-*/**/anat/*_seg-jointseg_morph.json')):
         raise DataError(f'{output_dir}: no segmented scans: run the participant level first')
-    return [*group_tables(output_dir), group_report(output_dir)]
+    written = [*group_tables(output_dir), *lesion_maps(output_dir)]
+    return [*written, group_report(output_dir)]

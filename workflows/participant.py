@@ -2,7 +2,8 @@
 
 After Dorent et al., MIDL 2019. One workflow per scan (a T1w, a FLAIR, or a pair of them):
 
-    check - (register) - resample - normalise - segment - to_native - write, figures
+    check - (register) - resample - normalise - segment - to_native - quality - write
+                                                                 `- figures
 
 The lesion evidence is computed on the FLAIR's slices, the tissue on the T1w's own where they are
 finer; :func:`.image.plan_passes` decides whether that takes one pass of the network or two.
@@ -27,13 +28,17 @@ from bids_jointseg.image import ImageError, load_grid
 from bids_jointseg.interfaces import (
     Check,
     DrawFigures,
+    MeasureQuality,
     Normalise,
     Register,
+    RegisterTemplate,
     Segment,
     ToModelGrid,
     ToNative,
     WriteDerivatives,
+    WriteStandard,
 )
+from bids_jointseg.standard import find_template
 from bids_jointseg.workflows import execution
 
 if TYPE_CHECKING:
@@ -41,7 +46,8 @@ if TYPE_CHECKING:
 
     from bids_jointseg.bids import Scan
     from bids_jointseg.card import ModelCard
-    from bids_jointseg.config import Settings
+    from bids_jointseg.config import Settings, StandardSpace
+    from bids_jointseg.standard import Template
 
 LOGGER = logging.getLogger('bids_jointseg')
 
@@ -52,6 +58,7 @@ STAGES = {
     'normalise': 'intensities normalised',
     'segment': 'segmented',
     'to_native': 'labelled on the native grids',
+    'quality': 'quality measured',
     'write': 'results written',
     'figures': 'figures drawn',
 }
@@ -85,6 +92,7 @@ def init_participant_wf(
     """
     workflow = Workflow(name=name)
     workflow.base_dir = str(work_folder(settings, card))
+    templates = {space: find_template(space) for space in settings.standard_spaces}
     for scan in scans:
         scan_wf = init_scan_wf(
             scan=scan,
@@ -98,6 +106,7 @@ def init_participant_wf(
             use_gpu=wants_gpu(settings.device),
             omp_nthreads=min(settings.omp_nthreads, settings.nprocs),
             derivatives=settings.derivatives,
+            templates=templates,
             name=workflow_name(scan),
         )
         workflow.add_nodes([scan_wf])
@@ -109,6 +118,8 @@ def init_participant_wf(
     configure(workflow, nodes, stop_on_first_crash=settings.stop_on_first_crash)
     paragraphs = [_introduce(card)]
     paragraphs += dict.fromkeys(workflow.get_node(workflow_name(scan)).__desc__ for scan in scans)
+    if templates:
+        paragraphs.append(_describe_spaces(settings.standard_spaces))
     workflow.__desc__ = '\n\n'.join(paragraphs)
     return workflow
 
@@ -147,6 +158,7 @@ def init_scan_wf(
     use_gpu: bool = False,
     omp_nthreads: int = 1,
     derivatives: Mapping[str, Path] | None = None,
+    templates: Mapping[StandardSpace, Template] | None = None,
     name: str = 'scan_wf',
 ) -> Workflow:
     """Build the workflow of one unit of work.
@@ -173,6 +185,8 @@ def init_scan_wf(
         Most threads of one node.
     derivatives
         Name -> folder of precomputed derivatives.
+    templates
+        Standard space -> files of its template.
     name
         Of the workflow.
 
@@ -233,13 +247,14 @@ def init_scan_wf(
         workflow,
         (check, resample, register),
         card=card,
-        level=level,
+        level='full' if templates else level,  # standard space is reached by probabilities
         fast=fast,
         device=device,
         use_gpu=use_gpu,
         omp_nthreads=omp_nthreads,
     )
     gigabytes = check.mem_gb
+    quality = Node(MeasureQuality(), name='quality', mem_gb=2 * gigabytes)
     write = Node(
         WriteDerivatives(
             scan=scan,
@@ -268,11 +283,18 @@ def init_scan_wf(
         (to_native, write, [
             ('t1w_labels', 't1w_labels'),
             ('flair_labels', 'flair_labels'),
-            ('probabilities', 'probabilities'),
             ('entropy', 'entropy'),
             ('lesion', 'lesion'),
             ('doubt_mm3', 'doubt_mm3'),
         ]),
+        (check, quality, [('t1w', 't1w'), ('flair', 'flair')]),
+        (to_native, quality, [
+            ('t1w_labels', 't1w_labels'),
+            ('flair_labels', 'flair_labels'),
+            ('doubt_mm3', 'doubt_mm3'),
+        ]),
+        (workflow.get_node('segment'), quality, [('consensus', 'consensus')]),
+        (quality, write, [('quality', 'quality')]),
         (check, figures, [('t1w', 't1w'), ('flair', 'flair')]),
         (to_native, figures, [
             ('t1w_labels', 't1w_labels'),
@@ -290,11 +312,114 @@ def init_scan_wf(
 
     if register is not None:
         workflow.connect([
+            (register, quality, [('transform', 'transform')]),
             (register, write, [('transform', 'transform'), ('flags', 'alignment_flags')]),
             (register, figures, [('transform', 'transform')]),
             (register, outputnode, [('transform', 'transform')]),
         ])  # fmt: skip
+    if level == 'full':
+        workflow.connect(to_native, 'probabilities', write, 'probabilities')
+    add_standard_spaces(
+        workflow,
+        scan,
+        (check, to_native),
+        templates=templates or {},
+        bids_dir=bids_dir,
+        output_dir=output_dir,
+        level=level,
+        configuration=configuration,
+    )
     return workflow
+
+
+def add_standard_spaces(
+    workflow: Workflow,
+    scan: Scan,
+    stages: tuple[Node, Node],
+    *,
+    templates: Mapping[StandardSpace, Template],
+    bids_dir: Path,
+    output_dir: Path,
+    level: str,
+    configuration: Mapping[str, Any],
+) -> None:
+    """Add what brings the results of a scan to standard spaces.
+
+    One registration per template serves all of its resolutions.
+
+    Parameters
+    ----------
+    workflow
+        That of the scan.
+    scan
+        A T1w, a FLAIR, or both; the T1w is registered if there is one.
+    stages
+        `check` and `to_native`.
+    templates, bids_dir, output_dir, level
+        As for :func:`init_scan_wf`.
+    configuration
+        From :func:`result_configuration`.
+    """
+    check, to_native = stages
+    gigabytes = check.mem_gb
+    reference = 't1w' if scan.t1w is not None else 'flair'
+    registered: dict[str, Node] = {}
+    for space, files in templates.items():
+        name = _stage('template', space, resolution=False)
+        if name not in registered:
+            registered[name] = Node(
+                RegisterTemplate(
+                    template=str(files.target_image),
+                    mask=str(files.target_mask),
+                    pair=f'{scan.reference} and {space.name}',
+                ),
+                name=name,
+                mem_gb=gigabytes + 1,
+            )
+            workflow.connect([
+                (check, registered[name], [(reference, reference)]),
+                (to_native, registered[name], [(f'{reference}_labels', 'labels')]),
+            ])  # fmt: skip
+        complete = bids.is_complete_in(space, output_dir, scan, level, configuration)
+        write = Node(
+            WriteStandard(
+                scan=scan,
+                space=space,
+                bids_dir=str(bids_dir),
+                out_dir=str(output_dir),
+                level=level,
+                configuration=dict(configuration),
+                template=str(files.image),
+            ),
+            name=_stage('standard', space),
+            mem_gb=gigabytes + 1.5,
+            overwrite=None if complete else True,
+        )
+        workflow.connect([
+            (check, write, [(reference, reference)]),
+            (to_native, write, [
+                (f'{reference}_labels', 'labels'),
+                ('probabilities', 'probabilities'),
+            ]),
+            (registered[name], write, [('transform', 'transform'), ('fit', 'fit')]),
+        ])  # fmt: skip
+
+
+def _stage(kind: str, space: StandardSpace, *, resolution: bool = True) -> str:
+    """Return the name of a node for a space."""
+    parts = [kind, space.name]
+    parts += [] if space.cohort is None else [f'cohort_{space.cohort}']
+    parts += [f'res_{space.resolution}'] if resolution and space.resolution is not None else []
+    return '_'.join(parts)
+
+
+def _stages(spaces: Sequence[StandardSpace]) -> dict[str, str]:
+    """Return node -> what is said when it is done."""
+    registered = {
+        _stage('template', space, resolution=False): f'registered with {space.name}'
+        for space in spaces
+    }
+    return STAGES | registered | {_stage('standard', s): f'results in {s} written' for s in spaces}
 
 
 def add_preprocessing(
@@ -449,13 +574,14 @@ def run(
         except OSError:
             LOGGER.warning('--write-graph: install graphviz for a drawing; %s has the graph', base)
     alone = sum(scan.t1w is None or scan.flair is None for scan in scans)
+    stages = _stages(settings.standard_spaces)
     failures = execution.run(
         workflow,
         plugin=plugin,
         plugin_args=plugin_args,
         log_file=base / 'nipype.log',
         crash_folders=logs,
-        progress=execution.Progress(names, STAGES, total=len(STAGES) * len(scans) - alone),
+        progress=execution.Progress(names, stages, total=len(stages) * len(scans) - alone),
         verbose=settings.verbose,
         monitor=settings.resource_monitor,
     )
@@ -540,6 +666,17 @@ def _introduce(card: ModelCard) -> str:
     """Return what the description says of all scans."""
     landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
     return _INTRODUCTION.format(version=__version__, card=card, landmarks=landmarks)
+
+
+def _describe_spaces(spaces: Sequence[StandardSpace]) -> str:
+    """Return what the description says of standard spaces."""
+    names = ' and '.join(f'*{name}*' for name in dict.fromkeys(space.name for space in spaces))
+    return (
+        f'Results were brought to standard space, the template {names} of *TemplateFlow* '
+        '[@templateflow]: brains were aligned by an affine transform and a free-form deformation '
+        '[@ffd], maximising mutual information [@mattes] outside of lesions [@brett]; '
+        'probabilities were mapped linearly, and the most probable class was taken there.'
+    )
 
 
 def _describe(scan: Scan, *, precomputed: bool = False) -> str:

@@ -1,0 +1,177 @@
+"""Quality control: undamaged scans pass, scans damaged on purpose do not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from test_image import ball, make_grid, points, rigid
+
+from bids_jointseg import image, quality
+from bids_jointseg.image import Volume
+from bids_jointseg.labels import LABELS
+
+INDEX = {label.abbreviation: label.index for label in LABELS}
+LEVELS = {
+    # BG, WM, L, CGM, SGM, BS, CBM, VEN
+    'T1w': (0, 800, 600, 560, 650, 780, 600, 180),
+    'FLAIR': (0, 400, 800, 430, 420, 400, 430, 60),
+}
+IDENTITY = {(a, b): np.eye(4) for a in LEVELS for b in LEVELS}
+
+
+@pytest.fixture(scope='module')
+def truth() -> tuple[np.ndarray, image.Grid]:
+    """Draw a brain of nested shapes: nearly symmetric, as brains are."""
+    grid = make_grid(spacing_mm=(2, 2, 2), extent_mm=220)
+    labels = np.zeros(grid.shape, np.uint8)
+    folds = 9 * np.sin(points(grid) / 6).prod(axis=-1)
+    radius = np.linalg.norm((points(grid) - (10, -20, 30)) / (62, 78, 62), axis=-1) + folds / 60
+    labels[radius < 1] = INDEX['CGM']
+    labels[radius < 0.86] = INDEX['WM']
+    labels[ball(grid, (0, -38, -58), (38, 26, 20))] = INDEX['CBM']
+    labels[ball(grid, (0, -12, -64), (12, 12, 26))] = INDEX['BS']
+    for side in (-1, 1):
+        labels[ball(grid, (side * 16, 5, 5), (7, 26, 12))] = INDEX['VEN']
+        labels[ball(grid, (side * 26, 6, -6), (8, 14, 10))] = INDEX['SGM']
+    labels[ball(grid, (38, 20, 12), (9, 6, 6))] = INDEX['L']
+    labels[ball(grid, (30, -40, 20), (5, 5, 6))] = INDEX['L']
+    return labels, grid
+
+
+def scan(name: str, truth: tuple[np.ndarray, image.Grid], noise: float = 0.02) -> Volume:
+    """Return a scan of it within a head, with noise in the air, too."""
+    labels, grid = truth
+    rng = np.random.default_rng(len(name))
+    data = np.zeros(grid.shape)
+    for value, label in zip(LEVELS[name], LABELS, strict=True):
+        data[labels == label.index] = value
+    scalp = ball(grid, (0, 0, 0), (82, 97, 84)) & ~ball(grid, (0, 0, 0), (76, 91, 78))
+    data[scalp & (labels == 0)] = 0.6 * LEVELS[name][1]
+    sigma = noise * LEVELS[name][1]
+    noisy = np.hypot(data + rng.normal(0, sigma, data.shape), rng.normal(0, sigma, data.shape))
+    return Volume(noisy.astype(np.float32), grid)
+
+
+def judged(volumes, labels, *, between=IDENTITY, **more) -> tuple[str, str, dict[str, float]]:
+    measures = quality.measure(volumes, labels, between=between, doubt_mm3={}, **more)
+    verdict, reasons = quality.judge(measures)
+    return verdict, '; '.join(reasons), measures
+
+
+def test_what_is_sound_passes(truth):
+    volumes = {name: scan(name, truth, 0.01) for name in ('T1w', 'FLAIR')}
+    verdict, reasons, measures = judged(volumes, truth[0], agreement=0.95)
+    assert (verdict, reasons) == ('pass', '')
+    assert {rule.measure for rule in quality.RULES} <= set(measures)
+    assert measures['misalignment_mm'] == 0
+    assert measures['mirrored_ratio'] < 0.9
+    assert measures['gray_to_white_T1w'] == pytest.approx(0.7, abs=0.01)
+    assert measures['contrast_to_noise_T1w'] == pytest.approx(240 / 8, rel=0.1)
+
+
+@pytest.mark.parametrize(('noise', 'verdict'), [(0.08, 'check'), (0.25, 'fail')])
+def test_noise_is_seen(truth, noise, verdict):
+    found, reasons, _ = judged({'T1w': scan('T1w', truth, noise)}, truth[0])
+    assert found == verdict
+    assert 'the T1w is noisy' in reasons
+
+
+def test_motion_is_seen_in_the_air(truth):
+    clean = scan('T1w', truth, 0.005)
+    lines = np.fft.fftn(clean.data)
+    shift = np.exp(-2j * np.pi * np.fft.fftfreq(clean.data.shape[1]) * 6)[:, None]
+    moved = np.isin(np.arange(clean.data.shape[1]) % 4, (1, 2))
+    moved &= np.abs(np.fft.fftfreq(clean.data.shape[1])) > 0.01
+    lines[:, moved] *= shift[moved]
+    ghosts = Volume(np.abs(np.fft.ifftn(lines)).astype(np.float32), clean.grid)
+    assert judged({'T1w': clean}, truth[0])[0] == 'pass'
+    verdict, reasons, _ = judged({'T1w': ghosts}, truth[0])
+    assert verdict != 'pass'
+    assert 'motion' in reasons
+
+
+def test_a_cut_field_of_view_is_seen(truth):
+    labels, grid = truth
+    whole, top = scan('T1w', truth), 65
+    affine = grid.affine
+    part = Volume(whole.data[:, :, :top], image.Grid((*grid.shape[:2], top), affine))
+    verdict, reasons, measures = judged({'T1w': part}, labels[:, :, :top])
+    assert verdict == 'fail'
+    assert 'edge of the scan' in reasons
+    assert measures['cut_mm2'] == (labels[:, :, top - 1] > 0).sum() * 4
+
+
+def test_a_wrong_contrast_is_seen(truth):
+    verdict, reasons, _ = judged({'T1w': scan('FLAIR', truth, 0.01)}, truth[0])
+    assert verdict == 'fail'
+    assert 'the T1w does not look like one' in reasons
+    verdict, reasons, _ = judged({'FLAIR': scan('T1w', truth, 0.01)}, truth[0])
+    assert verdict == 'fail'
+    assert 'the FLAIR does not look like one' in reasons
+
+
+@pytest.mark.parametrize('shift_mm', [(20, 0, 0), (0, 20, 0), (0, 0, -20)])
+def test_an_error_of_registration_is_seen(truth, shift_mm):
+    volumes = {name: scan(name, truth, 0.01) for name in ('T1w', 'FLAIR')}
+    matrix = rigid(shift_mm=shift_mm)
+    between = IDENTITY | {('T1w', 'FLAIR'): matrix, ('FLAIR', 'T1w'): np.linalg.inv(matrix)}
+    verdict, reasons, _ = judged(volumes, truth[0], between=between)
+    assert verdict == 'fail'
+    assert 'look at the registration' in reasons
+
+
+def test_a_mirrored_scan_is_seen(truth):
+    flair = scan('FLAIR', truth, 0.01)
+    flair = Volume(np.ascontiguousarray(flair.data[::-1]), flair.grid)
+    verdict, reasons, _ = judged({'T1w': scan('T1w', truth, 0.01), 'FLAIR': flair}, truth[0])
+    assert verdict == 'fail'
+    assert 'may be mirrored' in reasons
+
+
+def test_what_only_one_half_of_the_brain_has_is_seen(truth):
+    labels, grid = truth
+    lost = labels.copy()
+    lost[(points(grid)[..., 0] > 40) & (labels != INDEX['CBM'])] = 0
+    verdict, reasons, _ = judged({'T1w': scan('T1w', truth, 0.01)}, lost)
+    assert verdict != 'pass'
+    assert 'left and right differ' in reasons
+
+
+def test_lesions_in_impossible_places_are_seen(truth):
+    labels = truth[0].copy()
+    labels[5:9, 5:9, 5:9] = INDEX['L']
+    verdict, reasons, measures = judged({'T1w': scan('T1w', truth, 0.01)}, labels)
+    assert verdict == 'check'
+    assert '512 mm3 of lesion' in reasons
+    assert measures['stray_lesions_mm3'] == 512
+
+
+def test_a_brain_that_is_not_there_fails_without_an_error(truth):
+    volumes = {name: scan(name, truth) for name in ('T1w', 'FLAIR')}
+    verdict, reasons, measures = judged(volumes, np.zeros_like(truth[0]))
+    assert verdict == 'fail'
+    assert 'very small' in reasons
+    assert set(measures) == {'brain_ml', 'cut_mm2'}
+
+
+def test_a_verdict_follows_from_the_limits():
+    rule = quality.Rule('x', '', 1, 2, True, '')
+    assert [rule.verdict(x) for x in (1, 1.5, 2.5, math.nan)] == ['pass', 'check', 'fail', 'pass']
+    rule = quality.Rule('x', '', 2, None, False, '')
+    assert [rule.verdict(x) for x in (2, 1, math.nan)] == ['pass', 'check', 'pass']
+    assert quality.judge({}) == ('pass', [])
+
+
+@pytest.mark.parametrize('frame', ['RAS', 'LAS', 'oblique'])
+def test_the_plane_of_symmetry_is_found_in_any_frame(frame):
+    grid = make_grid(frame, (4, 4, 4))
+    labels = ball(grid, radii=(60, 76, 60))
+    data = np.where(labels, 500.0, 0)
+    for side in (-1, 1):
+        data[ball(grid, (side * 20, 10, 5), (10, 20, 12))] = 100
+    data[ball(grid, (0, -40, -20), (30, 20, 16))] = 300
+    mirror = quality.mirror_plane(Volume(data.astype(np.float32), grid), labels)
+    there = mirror[:3, :3] @ (40, -20, 30) + mirror[:3, 3]
+    np.testing.assert_allclose(there, (-20, -20, 30), atol=1.5)
