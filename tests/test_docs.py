@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_jointseg import recipe, sampling, training
+from bids_jointseg import quality, recipe, sampling, training
 
 ROOT = Path(__file__).parents[1]
 TRAINING = (ROOT / 'docs' / 'training.md').read_text(encoding='utf-8')
@@ -45,3 +45,11 @@ def test_every_field_of_a_recipe_is_explained(heading, kind):
     if kind is training.Settings:
         elsewhere = {'architecture', 'modalities'}
     assert explained == {entry.name for entry in fields(kind)} - elsewhere
+
+
+def test_every_rule_of_the_quality_control_is_explained():
+    text = (ROOT / 'docs' / 'quality.md').read_text(encoding='utf-8')
+    for rule in quality.RULES:
+        limits = ['' if limit is None else f'{limit:g}' for limit in (rule.check, rule.fail)]
+        side = 'above' if rule.above else 'below'
+        assert f'| `{rule.measure}` | {side} | {limits[0]} | {limits[1]} |' in text, rule.measure

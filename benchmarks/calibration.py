@@ -1,0 +1,205 @@
+"""How far the probabilities of a model are to be trusted, and how far its volumes.
+
+    python benchmarks/calibration.py DATA OUT [--model NAME_OR_CARD] [--write]
+
+On the recipe's validation people, never on its test people:
+
+- the temperature that makes the probabilities of real T1w (skull-stripped, manual labels) and of
+  painted heads most likely, each scan counting once, and the expected calibration error of
+  lesions within 8 mm of true ones before and after (Guo et al., ICML 2017);
+- the repeatability: every scan is "acquired" again (another position, coil, and noise), and half
+  of a volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
+  `k = 1.96 rms(dV / sqrt(d1^2 + d2^2))` over the pairs of scans of one person.
+
+Writes OUT/calibration.json; `--write` also puts both into the model's card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accuracy import Case, paint_heads, tissue_scans
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from bids_jointseg import image
+from bids_jointseg.augment import smooth_field
+from bids_jointseg.card import read_card
+from bids_jointseg.image import Grid, Volume
+from bids_jointseg.inference import combine, predict
+from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
+from bids_jointseg.network import load_model
+from bids_jointseg.recipe import read_recipe
+
+TEMPERATURES = np.round(np.arange(0.5, 2.55, 0.05), 2)
+NAMES = (*CLASSES[1:], 'brain')
+
+
+def scanned_again(scan: Volume, seed: int) -> Volume:
+    """Return a scan as another session would give it: moved, with other noise and coil."""
+    rng = np.random.default_rng((7, seed))
+    angles, shift = np.deg2rad(rng.uniform(-4, 4, 3)), rng.uniform(-4, 4, 3)
+    move = np.eye(4)
+    for axis, angle in enumerate(angles):
+        i, j = (other for other in range(3) if other != axis)
+        turn = np.eye(4)
+        turn[[i, j], [i, j]] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        move = move @ turn
+    middle = scan.grid.affine @ [*(np.array(scan.grid.shape) - 1) / 2, 1]
+    move[:3, 3] = middle[:3] - move[:3, :3] @ middle[:3] + shift
+    data = image.resample(scan, scan.grid, move)
+    head = data > image.foreground(data)
+    level = float(np.median(data[head]))
+    generator = torch.Generator().manual_seed(seed)
+    coil = np.exp(0.05 * smooth_field(data.shape, 50, generator).numpy())
+    noise = rng.normal(0, 0.015 * level, (2, *data.shape))
+    again = np.hypot(data * coil + noise[0], noise[1])
+    # Air that was zero stays so: brains without skull have been extracted.
+    return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
+
+
+def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
+    """Segment one scan as the app does, at temperature 1, and compare it with its reference."""
+    model, name, case, modalities, seed = job
+    torch.set_num_threads(1)
+    card = read_card(model)
+    network = load_model(card)
+    scans = {name: image.load_scan(case.images[name]) for name in modalities}
+    if seed:
+        scans = {name: scanned_again(scan, seed) for name, scan in scans.items()}
+    reference = next(iter(scans.values()))
+    grid = image.model_grid(reference, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm)
+    images = {name: image.normalise(image.resample(s, grid)) for name, s in scans.items()}
+    members = predict(
+        network, images, window=card.window, mirror=grid.lateral_axis, device='cpu'
+    )
+    found = image.keep_brain(combine(members), grid)
+    joint = image.joint_probabilities(
+        {modalities[0]: (found, grid)}, reference.grid, {modalities[0]: np.eye(4)}
+    )
+    result: dict[str, Any] = {'scan': name, 'person': case.person, 'modalities': modalities}
+    labels = image.label_map(joint)
+    result['volumes'] = image.volumes_mm3(labels, reference.grid)
+    result['volumes']['brain'] = sum(result['volumes'].values())
+    truth = None if seed else _truth(case, reference.grid)
+    result['doubt'], likelihood, errors = {}, [], []
+    flat = np.maximum(joint, 1e-7)
+    for temperature in TEMPERATURES:
+        p = flat ** np.float32(1 / temperature)
+        p /= p.sum(axis=0)
+        result['doubt'][str(temperature)] = image.doubt_mm3(p, labels, reference.grid)
+        if truth is not None:
+            known, near, lesion = truth
+            chosen = np.take_along_axis(p, np.maximum(known, 0)[None], axis=0)[0]
+            region = (known >= 0) & ((known > 0) | (joint[0] < 0.99))
+            likelihood.append(float(-np.log(chosen[region]).mean()))
+            errors.append(_calibration_error(p[CLASSES.index('L')][near], lesion[near]))
+    return result | {'nll': likelihood, 'ece_lesion': errors}
+
+
+def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the channel of each voxel (-1: not known), what lies near lesions, and lesions."""
+    labels = image.load_labels(case.annotation)
+    sets = PROTOCOLS[case.protocol].encode(labels.data.astype(np.int64))
+    known = np.full(sets.shape, -1, np.int64)
+    for channel, name in enumerate(CLASSES):
+        known[sets == bits({name})] = channel
+    lesion = known == CLASSES.index('L')
+    near = np.zeros_like(lesion)
+    if lesion.any():
+        near = ndimage.distance_transform_edt(~lesion, sampling=grid.spacing_mm) <= 8
+    return known, near & (known >= 0), lesion
+
+
+def _calibration_error(p: NDArray[Any], right: NDArray[Any], bins: int = 15) -> float:
+    """Return the mean over bins of the distance between how sure and how often right."""
+    if not p.size:
+        return float('nan')
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    sure = np.bincount(which, p, minlength=bins)
+    hits = np.bincount(which, right, minlength=bins)
+    return float(np.abs(sure - hits).sum() / count.sum())
+
+
+def main() -> None:
+    """Calibrate a model."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('data', type=Path)
+    parser.add_argument('out', type=Path)
+    parser.add_argument('--model', default='jointseg')
+    parser.add_argument('--nprocs', type=int, default=2)
+    parser.add_argument('--write', action='store_true', help='into the card')
+    options = parser.parse_args()
+    card = read_card(options.model)
+    sources = {source.name: source for source in read_recipe('jointseg').datasets}
+    cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
+    jobs = [
+        (options.model, name, case, ('T1w',), seed)
+        for name, case in cases.items()
+        for seed in (0, 1)
+    ]
+    heads = paint_heads(
+        sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
+    )
+    for name, case in heads.items():
+        jobs += [(options.model, name, case, ('T1w', 'FLAIR'), seed) for seed in (0, 1)]
+        jobs.append((options.model, name, case, ('FLAIR',), 0))
+    with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
+        results = list(pool.map(measure, jobs))
+
+    likelihood = np.array([r['nll'] for r in results if r['nll']])
+    best = int(likelihood.mean(axis=0).argmin())
+    temperature = float(TEMPERATURES[best])
+    even = int(np.flatnonzero(TEMPERATURES == 1)[0])
+    errors = np.array([r['ece_lesion'] for r in results if r['nll']])
+    ratios: dict[str, list[float]] = {name: [] for name in NAMES}
+    for a, b in combinations(results, 2):
+        if (a['scan'], a['modalities']) == (b['scan'], b['modalities']):
+            for name in NAMES:
+                doubt = np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (a, b)))
+                if doubt > 0:
+                    ratios[name].append((a['volumes'][name] - b['volumes'][name]) / doubt)
+    repeatability = {
+        name: round(1.96 * float(np.sqrt(np.mean(np.square(values)))), 4)
+        for name, values in ratios.items()
+        if values
+    }
+    record = {
+        'command': 'python benchmarks/calibration.py DATA OUT',
+        'weights': card.sha256,
+        'temperature': temperature,
+        'negative log-likelihood': {
+            name: round(float(likelihood.mean(axis=0)[number]), 4)
+            for name, number in (('at 1', even), ('calibrated', best))
+        },
+        'expected calibration error near lesions': {
+            name: round(float(np.nanmean(errors[:, number])), 4)
+            for name, number in (('at 1', even), ('calibrated', best))
+        },
+        'repeatability': repeatability,
+        'pairs': {name: [round(v, 4) for v in values] for name, values in ratios.items()},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2) + '\n'
+    (options.out / 'calibration.json').write_text(text)
+    print(text)
+    if options.write and card.path is not None:
+        content = json.loads(card.path.read_text(encoding='utf-8'))
+        del record['pairs']
+        content |= {'temperature': temperature, 'repeatability': repeatability}
+        content['accuracy']['calibration'] = record
+        card.path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+
+
+if __name__ == '__main__':
+    main()
