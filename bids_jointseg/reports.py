@@ -1595,6 +1595,7 @@ def group_report(out_dir: Path) -> Path:
         {
             'scan': row['scan'],
             'href': pages[row['participant_id']],
+            'quality': row.get('quality', 'n/a'),
             'flags': '' if row['flags'] == 'n/a' else row['flags'],
             'cells': [
                 {
