@@ -735,7 +735,8 @@ class WriteStandard(SimpleInterface):
         summary.parent.mkdir(parents=True, exist_ok=True)
         summary.unlink(missing_ok=True)  # what is there now is about to be replaced
 
-        grid = image.load_grid(inputs.template)
+        template = image.load_scan(inputs.template)
+        grid = template.grid
         ((reference, volume),) = list(_load_volumes(inputs).items())[:1]
         transform = standard.load_transform(Path(inputs.transform))
         pull = standard.Puller(transform, grid, volume.grid)
@@ -772,14 +773,20 @@ class WriteStandard(SimpleInterface):
             **inputs.fit,
         }
         bids.write_json(path.with_suffix('.json'), record)
+        moved = pull(volume.data)
+        figures = out_dir / f'sub-{scan.subject}' / 'figures'
+        template_figure, figure = (
+            figures / f'{scan.stem}_{bids.in_space(inputs.space, f"desc-{what}_T1w")}.png'
+            for what in ('template', 'standard')
+        )
+        reports.draw_standard((template_figure, figure), template, Volume(moved, grid), labels)
         write('label-L_mask', (labels == LESION).astype(np.uint8))
         if inputs.level == 'full':
             write('desc-brain_mask', (labels > 0).astype(np.uint8))
             for name, array in zip(CLASSES[1:], joint[1:], strict=True):
                 write(f'seg-jointseg_label-{name}_probseg', array, slope=1 / 255)
-            data = pull(volume.data)
-            slope = (float(np.abs(data).max()) or 1.0) / np.iinfo(np.int16).max
-            write(f'desc-preproc_{reference}', data, dtype=np.int16, slope=slope)
+            slope = (float(np.abs(moved).max()) or 1.0) / np.iinfo(np.int16).max
+            write(f'desc-preproc_{reference}', moved, dtype=np.int16, slope=slope)
         write('seg-jointseg_dseg', labels, last=True)
         self._results['summary'] = str(summary)
         return runtime

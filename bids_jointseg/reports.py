@@ -1031,6 +1031,30 @@ def draw_changes(
     return write_bytes(path, _png(np.asarray(framed)))
 
 
+def draw_standard(
+    paths: tuple[Path, Path], template: Volume, scan: Volume, labels: NDArray[np.integer]
+) -> None:
+    """Draw a template and a scan in its space, under the same outlines: those of the scan.
+
+    Parameters
+    ----------
+    paths
+        PNG files of the template and of the scan.
+    template, scan
+        On one grid.
+    labels
+        (X, Y, Z), the scan's labels on it.
+    """
+    labels, grid = upright(labels, template.grid)
+    mosaic = plan_mosaic(Volume(upright(template.data, template.grid)[0], grid), labels)
+    soft = mosaic.memberships(labels)
+    for path, volume in zip(paths, (template, scan), strict=True):
+        bare = mosaic.cut(_window(upright(volume.data, volume.grid)[0], labels))
+        picture = _finish(mosaic, _outlined(bare, soft), CLASSES)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, _png(picture))
+
+
 def draw_frequency(
     background: Volume, frequency: NDArray[np.floating], *, people: int
 ) -> bytes:
@@ -1202,6 +1226,7 @@ def _scan(out_dir: Path, table: Path) -> dict[str, Any]:
                 views.append({'name': name, 'caption': caption, 'image': image})
         if views:
             groups.append({'title': title, 'first': min(first, len(views) - 1), 'views': views})
+    groups += _standard_groups(figures, stem)
     lesions = table.with_name(f'{stem}_desc-lesions_morph.tsv')
     files = [path for path in sorted(table.parent.iterdir()) if _own(path) == own]
     return {
@@ -1216,6 +1241,23 @@ def _scan(out_dir: Path, table: Path) -> dict[str, Any]:
             if not path.name.startswith('.')
         ],
     }
+
+
+def _standard_groups(figures: Path, stem: str) -> list[dict[str, Any]]:
+    """Return the figures of a scan in standard spaces: the template, then the scan."""
+    groups = []
+    lines = 'The outlines are those of the scan in both pictures: they should fit the template.'
+    for first in sorted(figures.glob(f'{stem}_space-*_desc-template_T1w.png')):
+        space = re.sub(r'_res-0*', ', resolution ', first.name.split('_space-')[1])
+        title = 'Standard space ' + space.split('_desc-')[0].replace('_cohort-', ', cohort ')
+        views = []
+        for name, what in (('Template', 'template'), ('Scan', 'standard')):
+            path = first.with_name(first.name.replace('_desc-template_', f'_desc-{what}_'))
+            if path.is_file():
+                image = _image(path, f'{stem}, {title}: {name}')
+                views.append({'name': name, 'caption': lines, 'image': image})
+        groups.append({'title': title, 'first': 0, 'views': views})
+    return groups
 
 
 def _changes(out_dir: Path, subject: str = 'sub-*') -> Iterator[tuple[Path, dict[str, Any]]]:

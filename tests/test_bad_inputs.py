@@ -29,7 +29,7 @@ from conftest import describe_dataset, draw_head, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bids_jointseg import bids, card, cli, image, interfaces, recipe
+from bids_jointseg import bids, card, cli, image, quality, recipe
 from bids_jointseg.bids import BidsError, Scan
 from bids_jointseg.card import ModelCard, ModelError, read_card
 from bids_jointseg.config import Settings, SettingsError
@@ -605,7 +605,7 @@ def test_a_damaged_table_is_named_by_the_group(tmp_path, capfd, caplog, kind, ma
             known = dict.fromkeys((*CLASSES[1:], 'brain'), None)
             bids.write_tables(
                 tmp_path / 'out', unit, tmp_path / 'bids', flags=[], lesions=[], configuration={},
-                volumes=dict.fromkeys(CLASSES[1:], 1.0), intervals=known,
+                quality={}, volumes=dict.fromkeys(CLASSES[1:], 1.0), intervals=known,
             )  # fmt: skip
         path = raw(bids.derivative(tmp_path / 'out', unit, make), says)
         answer = jointseg(capfd, kind, tmp_path / 'bids', tmp_path / 'out', 'group')
@@ -1136,8 +1136,9 @@ def test_a_scan_of_another_contrast_is_flagged(kind, suffix, drawn, says):
     with tried(kind):
         data = np.asarray(draw_head(drawn, **SMALL, seed=7).dataobj).astype(np.float32)
         volume = Volume(data, Grid(data.shape, AFFINE))
-        found = interfaces.contrasts({suffix: drawn_labels()}, {suffix: volume})
-        assert [flag.split(':')[0] for flag in found] == says
+        measures = quality.measure({suffix: volume}, drawn_labels(), between={}, doubt_mm3={})
+        found = [reason for reason in quality.judge(measures)[1] if 'look like' in reason]
+        assert [reason.split(': ')[1] for reason in found] == says
 
 
 # --- whatever Hypothesis thinks of --------------------------------------------------------------

@@ -306,6 +306,7 @@ def add_session(root, session, lesions=LESIONS, *, low_high=True, flair=True, **
         intervals=widths | {'brain': (0.99 * brain, 1.01 * brain) if low_high else None},
         lesions=[],
         flags=[],
+        quality={},
         configuration=CONFIGURATION,
     )
     return unit
