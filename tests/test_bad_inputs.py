@@ -638,7 +638,7 @@ def test_a_damaged_table_is_named_by_the_group(tmp_path, capfd, caplog, kind, ma
     ('an unknown device', ['--device', 'tpu'], (2, "device is 'tpu': choose auto")),
     ('a GPU without a number', ['--device', 'cuda:x'], (2, "device is 'cuda:x'")),
     ('a GPU that is not there', ['--device', 'cuda:99'], (2, 'PyTorch sees . GPUs here: choose')),
-    ('an unknown space', ['--output-spaces', 'MNI'], (2, 'standard spaces come later')),
+    ('an unknown space', ['--output-spaces', 'MNI'], (2, 'has no template MNI')),
     ('an unknown modality', ['--ignore', 't2w'], (2, "ignore is 't2w': choose from flair")),
     ('an unknown participant', ['--participant-label', '99'], (2, 'no participant 99')),
     ('a participant with a path', ['--participant-label', '../../etc'], (2, 'no participant ../')),
