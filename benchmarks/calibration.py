@@ -39,7 +39,7 @@ from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
 from bids_jointseg.network import load_model
 from bids_jointseg.recipe import read_recipe
 
-TEMPERATURES = np.round(np.arange(0.5, 2.55, 0.05), 2)
+TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
 NAMES = (*CLASSES[1:], 'brain')
 
 
@@ -92,15 +92,16 @@ def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
     result['volumes']['brain'] = sum(result['volumes'].values())
     truth = None if seed else _truth(case, reference.grid)
     result['doubt'], likelihood, errors = {}, [], []
-    flat = np.maximum(joint, 1e-7)
+    open_ = joint[0] < 0.99999  # the air around adds nothing at any temperature
+    flat, labels = np.log(np.maximum(joint[:, open_], 1e-7)), labels[open_]
     for temperature in TEMPERATURES:
-        p = flat ** np.float32(1 / temperature)
+        p = np.exp(flat / np.float32(temperature))
         p /= p.sum(axis=0)
         result['doubt'][str(temperature)] = image.doubt_mm3(p, labels, reference.grid)
         if truth is not None:
-            known, near, lesion = truth
+            known, near, lesion = (array[open_] for array in truth)
             chosen = np.take_along_axis(p, np.maximum(known, 0)[None], axis=0)[0]
-            region = (known >= 0) & ((known > 0) | (joint[0] < 0.99))
+            region = (known >= 0) & ((known > 0) | (joint[0][open_] < 0.99))
             likelihood.append(float(-np.log(chosen[region]).mean()))
             errors.append(_calibration_error(p[CLASSES.index('L')][near], lesion[near]))
     return result | {'nll': likelihood, 'ece_lesion': errors}

@@ -144,4 +144,5 @@ def test_lesions_put_in_and_filled_leave_the_volumes_unchanged():
     found, hurt = volumes(filled), volumes(injured)
     for name in ('WM', 'CGM', 'SGM', 'BS', 'CBM', 'VEN'):
         assert found[name] == pytest.approx(known[name], rel=0.01), name
-    assert abs(hurt['WM'] - known['WM']) > 2 * abs(found['WM'] - known['WM'])
+    # Left as they are, the lesions are taken for ventricle and gray matter.
+    assert hurt['VEN'] > 1.05 * known['VEN']
