@@ -124,21 +124,27 @@ RULES = (
         False,
         _SCANS,
     ),
-    Rule(
-        'air_percent_T1w',
-        'the air around the T1w holds {:.1f} % of the signal: motion, ghosts or noise',
-        2,
-        None,
-        True,
-        _SCANS,
-    ),
-    Rule(
-        'air_percent_FLAIR',
-        'the air around the FLAIR holds {:.1f} % of the signal: motion, ghosts or noise',
-        2.45,
-        None,
-        True,
-        _SCANS,
+    *(
+        rule
+        for name in ('T1w', 'FLAIR')
+        for rule in (
+            Rule(
+                f'air_percent_{name}',
+                f'the air around the {name} holds {{:.1f}} % of the signal: noise or motion',
+                2,
+                None,
+                True,
+                _SCANS,
+            ),
+            Rule(
+                f'ghost_percent_{name}',
+                f'ghosts of {{:.1f}} % of the signal on two sides of the {name}: motion',
+                1,
+                None,
+                True,
+                _SCANS,
+            ),
+        )
     ),
     Rule(
         'misalignment_mm',
@@ -415,24 +421,28 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
     noise = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
     if other in medians:
         found['contrast_to_noise'] = abs(medians['WM'] - medians[other]) / max(noise, 1e-6)
-    air = _air(volume)
+    values, air = _air(volume)
     if air.sum() > 1000:
-        found['air_percent'] = 100 * float(data[air].mean()) / medians['WM']
+        found['air_percent'] = 100 * float(values[air].mean()) / medians['WM']
+        # Ghosts lie along the axis of phase encoding: beside the head, or before and behind it.
+        along = [air & (~air).any(axis=axis, keepdims=True) for axis in plane]
+        sides = [values[a & ~b] for a, b in (along, along[::-1])]
+        if min(len(side) for side in sides) > 300:
+            first, second = (float(side.mean()) for side in sides)
+            found['ghost_percent'] = 100 * abs(first - second) / medians['WM']
     return found
 
 
-def _air(volume: Volume) -> NDArray[np.bool_]:
-    """Return what is more than 10 mm away from the head."""
+def _air(volume: Volume) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return voxels about 3 mm apart, and which of them are more than 10 mm off the head."""
     step = np.maximum(1, np.round(3 / volume.grid.spacing_mm)).astype(int)
-    coarse = tuple(slice(None, None, s) for s in step)
-    head = volume.data[coarse] > image.foreground(volume.data)
+    values = volume.data[tuple(slice(None, None, s) for s in step)]
+    head = values > image.foreground(volume.data)
     parts, count = ndimage.label(head)
     if count:
         head = ndimage.binary_fill_holes(parts == np.bincount(parts.ravel())[1:].argmax() + 1)
     far = ndimage.distance_transform_edt(~head, sampling=volume.grid.spacing_mm * step) > 10
-    result = np.zeros(volume.data.shape, bool)
-    result[coarse] = far
-    return result
+    return values, far
 
 
 def _cut_mm2(brain: NDArray[np.bool_], grid: Grid) -> float:

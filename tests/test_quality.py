@@ -78,18 +78,21 @@ def test_noise_is_seen(truth, noise, verdict):
     assert 'the T1w is noisy' in reasons
 
 
-def test_motion_is_seen_in_the_air(truth):
-    clean = scan('T1w', truth, 0.005)
-    lines = np.fft.fftn(clean.data)
-    shift = np.exp(-2j * np.pi * np.fft.fftfreq(clean.data.shape[1]) * 6)[:, None]
-    moved = np.isin(np.arange(clean.data.shape[1]) % 4, (1, 2))
-    moved &= np.abs(np.fft.fftfreq(clean.data.shape[1])) > 0.01
-    lines[:, moved] *= shift[moved]
-    ghosts = Volume(np.abs(np.fft.ifftn(lines)).astype(np.float32), clean.grid)
-    assert judged({'T1w': clean}, truth[0])[0] == 'pass'
-    verdict, reasons, _ = judged({'T1w': ghosts}, truth[0])
-    assert verdict != 'pass'
-    assert 'motion' in reasons
+@pytest.mark.parametrize('name', ['T1w', 'FLAIR'])
+@pytest.mark.parametrize('axis', [0, 1])
+def test_motion_is_seen_in_its_ghosts(truth, name, axis):
+    clean = scan(name, truth, 0.01)
+    size = clean.data.shape[axis]
+    lines = np.moveaxis(np.fft.fftn(clean.data), axis, 0)
+    shift = np.exp(-2j * np.pi * np.fft.fftfreq(size) * 6)[:, None, None]
+    moved = np.isin(np.arange(size) % 4, (1, 2)) & (np.abs(np.fft.fftfreq(size)) > 0.01)
+    lines[moved] *= shift[moved]
+    data = np.abs(np.fft.ifftn(np.moveaxis(lines, 0, axis))).astype(np.float32)
+    _, reasons, measures = judged({name: clean}, truth[0])
+    assert 'motion' not in reasons
+    assert measures[f'ghost_percent_{name}'] < 0.2
+    _, reasons, _ = judged({name: Volume(data, clean.grid)}, truth[0])
+    assert f'on two sides of the {name}: motion' in reasons
 
 
 def test_a_cut_field_of_view_is_seen(truth):
