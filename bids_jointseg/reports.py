@@ -478,7 +478,7 @@ def _closeup(
     mosaic = Mosaic(volume.grid, tuple(tiles), (side + 2 * GAP, WIDTH), side / extent_mm)
     scan = mosaic.cut(_window(volume.data, labels))
     outlined = _outlined(scan, mosaic.memberships(labels), (LESION,))
-    below = [f'{sizes[number - 1] * spacing.prod():.0f} mm³' for number in largest]
+    below = [f'{sizes[number - 1] * spacing.prod():.0f} mm3' for number in largest]
     text = f'Each frame is {extent_mm:.0f} mm wide; volumes are those on this scan. '
     return np.concatenate(
         [
