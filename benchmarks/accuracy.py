@@ -5,7 +5,8 @@
 Runs `jointseg`, with its default settings, on the recipe's test (or validation) people:
 
 - real skull-stripped T1w with tissue labels, rescans included: Dice, the difference between the
-  volumes of two scans of one person, and lesions found in healthy people under 45;
+  volumes of two scans of one person and whether the intervals hold it, and lesions found in
+  healthy people under 45;
 - painted whole heads with the lesions of unseen patients, and the same without their skull, as
   T1w and FLAIR, T1w alone and FLAIR alone: Dice, and what the skull costs;
 - for the test part, the one real lesion patient, in the same three ways, and the raw visits of
@@ -43,6 +44,7 @@ from bids_jointseg.evaluation import evaluate
 from bids_jointseg.image import load_labels, load_scan, save
 from bids_jointseg.interfaces import PaintHead
 from bids_jointseg.labels import PROTOCOLS, TISSUES
+from bids_jointseg.longitudinal import compare_volumes
 from bids_jointseg.metrics import summary
 from bids_jointseg.recipe import Source, read_recipe
 
@@ -221,19 +223,61 @@ def dice_table(sets: Mapping[str, Mapping[str, Case]], rows: Sequence[Row]) -> l
     return lines
 
 
-def rescans(cases: Mapping[str, Case], out: Path) -> dict[str, dict[str, float]]:
-    """Return person -> class -> difference of the volumes of two scans, % of their mean."""
+def rescans(cases: Mapping[str, Case], out: Path) -> dict[str, list[Row]]:
+    """Return person -> what the app's two volumes of each tissue say of a change (there is none).
+
+    `percent` is the difference, `half_width_percent` half of the interval of one scan.
+    """
     scans = defaultdict(list)
     for subject, case in cases.items():
-        scans[case.person].append(label_map(out, subject))
-    differences = {}
-    for person, paths in scans.items():
-        if len(paths) == 2:
-            pairs = {name: [volume_mm3(path, name) for path in paths] for name in TISSUES}
-            differences[person] = {
-                name: 200 * abs(a - b) / (a + b) for name, (a, b) in pairs.items()
-            }
-    return differences
+        scans[case.person].append(volumes(out, subject))
+    found = {}
+    for person, (before, *others) in scans.items():
+        for after in others:
+            found[person] = [
+                {
+                    'name': row['name'],
+                    'percent': 200
+                    * abs(row['change_mm3'])
+                    / (before[row['name']][0] + after[row['name']][0]),
+                    'changed': row['changed'],
+                    'half_width_percent': 50
+                    * (before[row['name']][2] - before[row['name']][1])
+                    / before[row['name']][0],
+                }
+                for row in compare_volumes(before, after)
+                if row['name'] in TISSUES
+            ]
+    return found
+
+
+def volumes(out: Path, subject: str) -> dict[str, tuple[float, float, float]]:
+    """Return class -> volume in mm3 and its interval, as the app wrote them."""
+    table = label_map(out, subject).with_name(f'sub-{subject}_seg-jointseg_morph.tsv')
+    with table.open(newline='') as file:
+        return {
+            row['name']: tuple(  # type: ignore[misc]
+                float(row[key].replace('n/a', 'nan'))
+                for key in ('volume_mm3', 'low_mm3', 'high_mm3')
+            )
+            for row in csv.DictReader(file, delimiter='\t')
+        }
+
+
+def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
+    """Return how far volumes of two scans of one person differ, and what the intervals say."""
+    each = [row for rows in found.values() for row in rows]
+    lines = [f'| two scans of one person, n = {len(found)} | {" | ".join(TISSUES)} |']
+    lines.append('|---|' + '---:|' * 6)
+    for words, key, middle in (
+        ('difference of the volumes, mean % ', 'percent', np.mean),
+        ('half-width of the interval, median %', 'half_width_percent', np.median),
+    ):
+        cells = (middle([row[key] for row in each if row['name'] == name]) for name in TISSUES)
+        lines.append(f'| {words.strip()} | {" | ".join(f"{cell:.2f}" for cell in cells)} |')
+    held = sum(row['changed'] == 'no' for row in each)
+    told = sum(row['changed'] != 'n/a' for row in each)
+    return [*lines, '', f'No change lies inside the interval for {held} of {told} volumes.']
 
 
 def false_lesions(cases: Mapping[str, Case], out: Path, data: Path) -> dict[str, float]:
@@ -315,12 +359,8 @@ def main() -> None:
     if tissue in sets:
         found = rescans(sets[tissue], out / tissue)
         if found:
-            cells = ' | '.join(
-                f'{np.mean([person[name] for person in found.values()]):.2f}' for name in TISSUES
-            )
-            lines += ['', f'| volume difference of two scans, % | n | {" | ".join(TISSUES)} |']
-            lines += ['|---|---|' + '---:|' * 6, f'| {tissue} | {len(found)} | {cells} |']
-        record['rescan_percent'] = found
+            lines += ['', *rescan_table(found)]
+        record['rescans'] = found
         lesions = false_lesions(sets[tissue], out / tissue, data)
         record['false_lesions_mm3'] = lesions
         each = ', '.join(f'{value:.0f}' for value in sorted(lesions.values()))

@@ -5,8 +5,9 @@
 On the recipe's validation people, never on its test people:
 
 - the temperature that makes the probabilities of real T1w (skull-stripped, manual labels) and of
-  painted heads most likely, each scan counting once, and the expected calibration error of
-  lesions within 8 mm of true ones before and after (Guo et al., ICML 2017);
+  painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
+  calibration error before and after: of the label of each voxel within the brain, and of lesions
+  within 8 mm of true ones;
 - the repeatability: every scan is "acquired" again (another position, coil, and noise), and half
   of a volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
   `k = 1.96 rms(dV / sqrt(d1^2 + d2^2))` over the pairs of scans of one person.
@@ -79,9 +80,7 @@ def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
     reference = next(iter(scans.values()))
     grid = image.model_grid(reference, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm)
     images = {name: image.normalise(image.resample(s, grid)) for name, s in scans.items()}
-    members = predict(
-        network, images, window=card.window, mirror=grid.lateral_axis, device='cpu'
-    )
+    members = predict(network, images, window=card.window, mirror=grid.lateral_axis, device='cpu')
     found = image.keep_brain(combine(members), grid)
     joint = image.joint_probabilities(
         {modalities[0]: (found, grid)}, reference.grid, {modalities[0]: np.eye(4)}
@@ -91,7 +90,7 @@ def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
     result['volumes']['brain'] = sum(result['volumes'].values())
     truth = None if seed else _truth(case, reference.grid)
-    result['doubt'], likelihood, errors = {}, [], []
+    result['doubt'], result['bins'], likelihood = {}, [], []
     open_ = joint[0] < 0.99999  # the air around adds nothing at any temperature
     flat, labels = np.log(np.maximum(joint[:, open_], 1e-7)), labels[open_]
     for temperature in TEMPERATURES:
@@ -103,8 +102,14 @@ def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
             chosen = np.take_along_axis(p, np.maximum(known, 0)[None], axis=0)[0]
             region = (known >= 0) & ((known > 0) | (joint[0][open_] < 0.99))
             likelihood.append(float(-np.log(chosen[region]).mean()))
-            errors.append(_calibration_error(p[CLASSES.index('L')][near], lesion[near]))
-    return result | {'nll': likelihood, 'ece_lesion': errors}
+            top = p.argmax(axis=0)
+            result['bins'].append(
+                {
+                    'labels': _bins(p.max(axis=0)[region], (top == known)[region]),
+                    'lesions': _bins(p[CLASSES.index('L')][near], lesion[near]),
+                }
+            )
+    return result | {'nll': likelihood}
 
 
 def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -121,15 +126,29 @@ def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[
     return known, near & (known >= 0), lesion
 
 
-def _calibration_error(p: NDArray[Any], right: NDArray[Any], bins: int = 15) -> float:
+def _bins(p: NDArray[Any], right: NDArray[Any], count: int = 10) -> NDArray[np.float64]:
+    """Return voxels, summed probability and hits of each bin of probability, `(3, count)`."""
+    which = np.minimum((p * count).astype(int), count - 1)
+    return np.stack([np.bincount(which, weights, count) for weights in (None, p, right)])
+
+
+def _calibration_error(bins: NDArray[np.float64]) -> float:
     """Return the mean over bins of the distance between how sure and how often right."""
-    if not p.size:
-        return float('nan')
-    which = np.minimum((p * bins).astype(int), bins - 1)
-    count = np.bincount(which, minlength=bins)
-    sure = np.bincount(which, p, minlength=bins)
-    hits = np.bincount(which, right, minlength=bins)
-    return float(np.abs(sure - hits).sum() / count.sum())
+    voxels, sure, hits = bins
+    return float(np.abs(sure - hits).sum() / voxels.sum()) if voxels.any() else float('nan')
+
+
+def _diagram(bins: NDArray[np.float64]) -> list[dict[str, float]]:
+    """Return the reliability diagram: how sure, how often right, and in how many voxels."""
+    return [
+        {
+            'probability': round(sure / voxels, 3),
+            'right': round(hits / voxels, 3),
+            'voxels': int(voxels),
+        }
+        for voxels, sure, hits in bins.T
+        if voxels
+    ]
 
 
 def main() -> None:
@@ -162,7 +181,7 @@ def main() -> None:
     best = int(likelihood.mean(axis=0).argmin())
     temperature = float(TEMPERATURES[best])
     even = int(np.flatnonzero(TEMPERATURES == 1)[0])
-    errors = np.array([r['ece_lesion'] for r in results if r['nll']])
+    told = [r['bins'] for r in results if r['nll']]
     ratios: dict[str, list[float]] = {name: [] for name in NAMES}
     for a, b in combinations(results, 2):
         if (a['scan'], a['modalities']) == (b['scan'], b['modalities']):
@@ -183,9 +202,17 @@ def main() -> None:
             name: round(float(likelihood.mean(axis=0)[number]), 4)
             for name, number in (('at 1', even), ('calibrated', best))
         },
-        'expected calibration error near lesions': {
-            name: round(float(np.nanmean(errors[:, number])), 4)
-            for name, number in (('at 1', even), ('calibrated', best))
+        'expected calibration error': {
+            what: {
+                name: round(
+                    float(np.nanmean([_calibration_error(t[number][what]) for t in told])), 4
+                )
+                for name, number in (('at 1', even), ('calibrated', best))
+            }
+            for what in ('labels', 'lesions')
+        },
+        'reliability diagram': {
+            what: _diagram(sum(t[best][what] for t in told)) for what in ('labels', 'lesions')
         },
         'repeatability': repeatability,
         'pairs': {name: [round(v, 4) for v in values] for name, values in ratios.items()},
