@@ -16,7 +16,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -594,9 +596,26 @@ def write_bytes(path: Path, content: bytes) -> Path:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:  # which file, a full disk does not say
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def remove_unfinished(out_dir: Path, subjects: Iterable[str]) -> None:
+    """Remove what a killed run had begun to write of these participants, whom no other run has.
+
+    Of the files of the whole dataset, other runs may be writing some now.
+    """
+    for subject in subjects:
+        for pattern in (f'.sub-{subject}.html.*.tmp', f'sub-{subject}/**/.*.tmp'):
+            for path in out_dir.glob(pattern):
+                path.unlink(missing_ok=True)
+    for path in (*out_dir.glob('.*.tmp'), *out_dir.glob('logs/.*.tmp')):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ needs neither PyTorch nor Nipype.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 import os
@@ -17,7 +18,7 @@ import tempfile
 import time
 import tomllib
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,13 @@ class Exit(IntEnum):
     REPORT_FAILED = 3
     NO_DATA = 65
     INTERNAL = 70
+
+
+MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE),
+)
+"""Errors of the file system, which are no fault of the program: full, read-only, gone ..."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -347,9 +355,15 @@ def _answer(program: str, run: Callable[[], int]) -> int:
         return stop(Exit.NO_DATA, error)
     except KeyboardInterrupt:
         return stop(130, 'interrupted; the same command goes on')
+    except MemoryError:
+        return stop(Exit.INTERNAL, 'memory ran out: give more, or a smaller --nprocs')
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            where = f'{error.filename}: ' if error.filename else ''
+            return stop(Exit.USAGE, f'{where}{error.strerror}: mend it and run the same command')
         details = Path(tempfile.gettempdir()) / f'{program}-{os.getpid()}.txt'
-        details.write_text(traceback.format_exc(), encoding='utf-8')
+        with suppress(OSError):
+            details.write_text(traceback.format_exc(), encoding='utf-8')
         return stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
 
 
@@ -443,6 +457,7 @@ def write_comparisons(settings: Settings, subjects: Sequence[str]) -> Exit:
     from multiprocessing import get_context
 
     from bids_jointseg.longitudinal import compare_sessions
+    from bids_jointseg.workflows.execution import end_with_parent
 
     out_dir, bids_dir = settings.output_dir, settings.bids_dir
     several = sum(len(list(out_dir.glob(f'sub-{label}/ses-*'))) > 1 for label in subjects)
@@ -450,7 +465,11 @@ def write_comparisons(settings: Settings, subjects: Sequence[str]) -> Exit:
     jobs: dict[str, Callable[[], list[Path]]]
     with ExitStack() as stack:
         if processes > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(processes, get_context('forkserver')))
+            pool = stack.enter_context(
+                ProcessPoolExecutor(
+                    processes, get_context('forkserver'), initializer=end_with_parent
+                )
+            )
             jobs = {
                 label: pool.submit(compare_sessions, out_dir, bids_dir, label).result
                 for label in subjects

@@ -469,11 +469,13 @@ def save(
 def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` once it is complete."""
     target = Path(path)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}')
+    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
         with temporary.open('wb') as stream:
             yield stream
         temporary.replace(target)
+    except OSError as error:  # which file, a full disk does not say
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -522,4 +522,6 @@ def test_stop_on_first_crash(model, tmp_path, capfd):
     command = (root, tmp_path / 'out', 'participant', '--model', model, '-w', tmp_path / 'work')
     code = jointseg(*command, '--stop-on-first-crash', '--nprocs', '1', '--skip-bids-validation')
     assert code == cli.Exit.SCANS_FAILED
-    assert len(capfd.readouterr().out.splitlines()) == 3
+    _, *rows, _ = capfd.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [['sub-1', 'check'], ['sub-2', 'write']]
+    assert 'not all of its results are there' in rows[1]  # it was not even tried

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
+import multiprocessing
 import os
 import re
 import signal
+import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +38,9 @@ KILLED = (
     'a smaller --nprocs, or --fast'
 )
 
+HUNG = 'took longer than {hours:g} hours and was ended: the same command tries it again'
+BESIDE = 'was ended because another stage hung: the same command goes on'
+
 INTERRUPTED = 'interrupted'
 """The reason of what Ctrl-C ended: Nipype makes a crash of it."""
 
@@ -49,22 +56,28 @@ class Failure:
 
 
 class ScanByScan(MultiProcPlugin):
-    """Nipype's MultiProc, with two changes for long runs.
+    """Nipype's MultiProc, with some changes for long runs.
 
     It finishes scans that have begun before it begins many others, so that results are complete
-    early. And where Nipype waits for ever once a worker process is killed, here what ran at that
-    moment counts as failed, and the rest goes on in new workers.
+    early. Where Nipype waits for ever once a worker process is killed or hangs, here what ran at
+    that moment counts as failed, and the rest goes on in new workers. And a failure is not lost
+    where its report cannot be written, as on a full disk.
     """
 
-    def __init__(self, plugin_args: dict[str, Any], initargs: tuple[Any, ...]) -> None:
+    def __init__(
+        self, plugin_args: dict[str, Any], initargs: tuple[Any, ...], limit_s: float
+    ) -> None:
         super().__init__(plugin_args=plugin_args)
         self.pool.shutdown(wait=False)
         self._initargs = initargs
+        self._limit_s = limit_s
+        self._begun: dict[int, float] = {}
+        self._hung: set[int] = set()
+        self._hung_at = -math.inf
+        self.other_crashes: list[Path] = []
         self._new_pool()
 
     def _new_pool(self) -> None:
-        import multiprocessing
-
         # CUDA must not start before a fork; a forkserver never has it, and its workers persist.
         method = self.plugin_args.get('mp_context', 'forkserver')
         self.pool = ProcessPoolExecutor(
@@ -107,20 +120,48 @@ class ScanByScan(MultiProcPlugin):
     def _get_result(self, taskid: int) -> Any:
         future = self._task_obj[taskid]
         if future.done() and future.exception() is not None:
-            return {'result': None, 'traceback': [f'{KILLED}\n'], 'taskid': taskid}
-        return super()._get_result(taskid)
+            if taskid in self._hung:
+                reason = HUNG.format(hours=self._limit_s / 3600)
+            else:
+                reason = BESIDE if self._begun[taskid] < self._hung_at else KILLED
+            return {'result': None, 'traceback': [f'{reason}\n'], 'taskid': taskid}
+        result = super()._get_result(taskid)
+        if result is None and time.monotonic() - self._begun[taskid] > self._limit_s:
+            self._hung.add(taskid)
+            self._hung_at = time.monotonic()
+            for worker in self._workers():  # which of them has this task, the pool does not say
+                worker.kill()
+        return result
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> Any:
         try:
-            return super()._submit_job(node, updatehash)
+            taskid = super()._submit_job(node, updatehash)
         except BrokenProcessPool:
             self._new_pool()
-            return super()._submit_job(node, updatehash)
+            taskid = super()._submit_job(node, updatehash)
+        self._begun[taskid] = time.monotonic()
+        return taskid
+
+    def _report_crash(self, node: Any, result: Any = None) -> Any:
+        folder = Path(node.config['execution']['crashdump_dir'])
+        before = set(folder.glob('crash-*'))
+        try:
+            return super()._report_crash(node, result)
+        except OSError:
+            for path in set(folder.glob('crash-*')) - before:
+                path.unlink(missing_ok=True)  # a part of it
+            node.config['execution']['crashdump_dir'] = tempfile.mkdtemp(prefix='jointseg-crash-')
+            path = super()._report_crash(node, result)
+            self.other_crashes.append(Path(path))
+            return path
+
+    def _workers(self) -> list[Any]:
+        return list((self.pool._processes or {}).values())
 
     def close(self) -> None:
         """End what still runs."""
         gc.unfreeze()
-        workers = list((self.pool._processes or {}).values())
+        workers = self._workers()
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
@@ -130,8 +171,24 @@ def start_worker(cwd: str, log_file: str, verbose: int, monitor: bool) -> None:
     """Prepare a worker: quiet, and left alone by Ctrl-C, which the main process answers."""
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
     configure_nipype(Path(log_file), verbose, monitor)
+
+
+def end_with_parent() -> None:
+    """See to it that this process ends once its parent is gone, even where that was killed.
+
+    Otherwise it would wait for work for ever, or write into the folders of the next run.
+    """
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def configure_nipype(log_file: Path, verbose: int, monitor: bool) -> None:
@@ -142,6 +199,7 @@ def configure_nipype(log_file: Path, verbose: int, monitor: bool) -> None:
         handler.close()
     handler = logging.FileHandler(log_file, delay=True)
     handler.setFormatter(logging.Formatter('%(asctime)s %(process)d %(message)s'))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk
     logger.addHandler(handler)
     logger.propagate = verbose > 1
     nipype.config.set('monitoring', 'enabled', str(monitor).lower())
@@ -199,6 +257,7 @@ def run(
     progress: Progress,
     verbose: int = 0,
     monitor: bool = False,
+    limit_s: float = math.inf,
 ) -> list[Failure]:
     """Run a workflow to its end, whatever fails on the way.
 
@@ -218,6 +277,8 @@ def run(
         Above 1, Nipype's messages go to the console as well.
     monitor
         Log the memory and time of every node.
+    limit_s
+        A node of ``MultiProc`` that takes longer hangs: it is ended and counts as failed.
 
     Returns
     -------
@@ -229,7 +290,7 @@ def run(
     runner: Any = plugin
     if plugin == 'MultiProc':
         initargs = (os.getcwd(), str(log_file), verbose, monitor)
-        runner = ScanByScan(arguments, initargs)
+        runner = ScanByScan(arguments, initargs, limit_s)
     error: Exception | None = None
     try:
         workflow.run(plugin=runner, plugin_args=arguments)
@@ -241,6 +302,7 @@ def run(
     if progress.kept:
         LOGGER.info('%d of %d stages kept from before', progress.kept, progress.total)
     reports = [path for folder in crash_folders for path in sorted(folder.glob('crash-*.txt'))]
+    reports += getattr(runner, 'other_crashes', [])
     if error is not None and not reports:
         raise error
     return [read_crash(path, progress.scans) for path in reports]
@@ -261,14 +323,15 @@ def read_crash(path: Path, scans: Mapping[str, str]) -> Failure:
     # The last exception of the traceback; ours say all in one line.
     found = re.findall(r'^\s*(?:\w+\.)*(\w*(?:Error|Exception|Exit))(?:: (.*))?$', text, re.M)
     kind, message = found[-1] if found else ('', 'see the details')
-    if KILLED in text:
-        reason = KILLED
+    ended = re.search(r'^(the process was killed|took longer than|was ended).*$', text, re.M)
+    if ended:
+        reason = ended[0]
     elif 'KeyboardInterrupt' in text:
         reason = INTERRUPTED
     elif kind in ('ImageError', 'ModelError', 'BidsError', 'RecipeError', 'ProtocolError', ''):
         reason = message
     else:
         reason = f'{kind}: {message}'
-    if 'MemoryError' in kind:
+    if 'MemoryError' in kind or "can't allocate memory" in message:
         reason += ' (give more memory, a smaller --nprocs, or --fast)'
     return Failure(scans.get(scan, scan), stage, reason, path)

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger('bids_jointseg')
 
+UNFINISHED = 'not all of its results are there: the same command goes on'
+STAGE_LIMIT_S = 4 * 3600
+"""A stage that takes longer hangs: the slowest takes minutes, on one processor."""
+
 STAGES = {
     'check': 'checked',
     'register': 'FLAIR aligned with the T1w',
@@ -560,10 +564,12 @@ def run(
     Returns
     -------
     list[Failure]
-        What failed, in the order of the scans.
+        What failed, in the order of the scans; also a scan that has no results, for whatever
+        reason.
     """
     names = {workflow_name(scan): scan.stem for scan in scans}
     logs = list(dict.fromkeys(log_folder(settings, scan.subject) for scan in scans))
+    bids.remove_unfinished(settings.output_dir, {scan.subject for scan in scans})
     for folder in logs:
         bids.write_text(folder / 'config.toml', settings.to_toml())
     base = Path(workflow.base_dir)
@@ -584,7 +590,19 @@ def run(
         progress=execution.Progress(names, stages, total=len(stages) * len(scans) - alone),
         verbose=settings.verbose,
         monitor=settings.resource_monitor,
+        limit_s=STAGE_LIMIT_S,
     )
+    # All scans have one configuration; nothing counts as complete but what is there.
+    configuration = workflow.get_node(f'{workflow_name(scans[0])}.write').inputs.configuration
+    known = {failure.scan for failure in failures if failure.stage != 'figures'}
+    failures += [
+        execution.Failure(scan.stem, 'write', UNFINISHED, base / 'nipype.log')
+        for scan in scans
+        if scan.stem not in known
+        and not bids.is_complete(
+            settings.output_dir, scan, settings.level, configuration, settings.standard_spaces
+        )
+    ]
     return sorted(failures, key=lambda failure: failure.scan)
 
 
