@@ -175,24 +175,24 @@ def _predict(
     if window is None:
         window = (*shape[:2], max(32, LARGEST // (shape[0] * shape[1])))
     axes = [_starts(size, width) for size, width in zip(shape, window, strict=True)]
-    total = torch.zeros((len(CLASSES), *shape))
-    weight = torch.zeros(shape)
+    # Classes lie last in memory, as the network leaves them.
+    total, weight = torch.zeros((*shape, len(CLASSES))), torch.zeros((*shape, 1))
     for corner in itertools.product(*axes):
         part = tuple(
             slice(start, min(start + width, size))
             for start, width, size in zip(corner, window, shape, strict=True)
         )
         found = _one(network, {name: image[part] for name, image in images.items()}, device)
-        ramp = _ramp(found.shape[1:], [len(starts) > 1 for starts in axes])
-        total[(slice(None), *part)] += found * ramp
+        ramp = _ramp(found.shape[:3], [len(starts) > 1 for starts in axes])[..., None]
+        total[part].addcmul_(found, ramp)
         weight[part] += ramp
-    return (total / weight).numpy()
+    return total.div_(weight).movedim(3, 0).contiguous().numpy()
 
 
 def _one(
     network: nn.Module, images: Mapping[str, NDArray[np.float32]], device: torch.device
 ) -> Tensor:
-    """Return the probabilities of one window, `(C, X, Y, Z)`."""
+    """Return the probabilities of one window, `(X, Y, Z, C)`."""
     multiple: Sequence[int] = getattr(network, 'multiple', (1, 1, 1))
     shape = next(iter(images.values())).shape
     pad = [0] * 6
@@ -205,8 +205,8 @@ def _one(
         .to(device, memory_format=torch.channels_last_3d)
         for name, image in images.items()
     }  # fmt: skip
-    found = probabilities(network, tensors)[0]
-    return found[:, : shape[0], : shape[1], : shape[2]].cpu()
+    found = probabilities(network, tensors)[0].movedim(0, 3)
+    return found[: shape[0], : shape[1], : shape[2]].cpu()
 
 
 def _starts(size: int, width: int) -> list[int]:
