@@ -1,6 +1,7 @@
 # make demo    a small synthetic dataset, segmented, with reports
 # make test    all tests (make test PYTEST="-m 'not slow'" leaves out the slow ones)
 # make lint    style, types and the direction of imports
+# make docs    the pages of docs/ as a site, into site/
 # All of them install into their own virtual environment first.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PYTEST ?=
 SHELL := /bin/bash
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jointseg-demo $(DEMO)
@@ -23,6 +24,9 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -q tests/test_architecture.py
 
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs site
+
 # The constraints pin torch and everything below it to the versions that were tested.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -32,4 +36,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .*_cache
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info .*_cache
