@@ -383,13 +383,15 @@ def _participant(settings: Settings) -> int:
 
         for space in settings.standard_spaces:
             find_template(space)  # before hours of work, not after
+    _prepare_environment(settings)
+    if settings.use_plugin is None and not (settings.dry_run or settings.boilerplate_only):
+        _start_forkserver()
     scans, skipped = bids.plan(settings)
     if settings.dry_run:
         sys.stdout.write(pairing_table(scans, skipped, settings.bids_dir))
         return Exit.DONE
     card = read_card(settings.model)
     read_weights(card)  # before hours of work, not after
-    _prepare_environment(settings)
     plugin = read_plugin(settings)
     check_device(settings)
     bids.create_dataset(settings, card)
@@ -592,6 +594,24 @@ def _prepare_environment(settings: Settings) -> None:
     """Set what libraries read when they are imported, here and in worker processes."""
     os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
     os.environ.setdefault('OMP_NUM_THREADS', str(min(settings.omp_nthreads, settings.nprocs)))
+    _spare_processors()
+
+
+def _spare_processors() -> None:
+    """Set what makes numbers no different, only faster: docs/performance.md says by how much."""
+    # NumPy's products are small here: a second thread would only spin, while others need it.
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+    # glibc keeps freed memory, instead of getting each array's anew from the system, page by page.
+    os.environ.setdefault('MALLOC_MMAP_MAX_', '0')
+    os.environ.setdefault('MALLOC_TRIM_THRESHOLD_', str(2**29))
+
+
+def _start_forkserver() -> None:
+    """Let the process that workers are forked from import what they need, while this one plans."""
+    from multiprocessing import forkserver, set_forkserver_preload
+
+    set_forkserver_preload(['__main__', 'bids_jointseg.interfaces', 'bids_jointseg.inference'])
+    forkserver.ensure_running()
 
 
 def _warn_of_validation(settings: Settings) -> None:
@@ -683,6 +703,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         return Exit.SCANS_FAILED
 
     os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
+    _spare_processors()
     return _answer('jointseg-train', run)
 
 
