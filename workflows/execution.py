@@ -26,6 +26,9 @@ import nipype
 import numpy as np
 from nipype.pipeline.plugins import MultiProcPlugin
 
+from bids_jointseg.config import SettingsError
+from bids_jointseg.workflows.slurm import Slurm, SlurmGraph
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -266,7 +269,8 @@ def run(
     workflow
         What to run.
     plugin, plugin_args
-        Nipype's; ``MultiProc`` gets workers that are quiet and may die.
+        Nipype's; ``MultiProc`` gets workers that are quiet and may die, ``SLURM`` and
+        ``SLURMGraph`` jobs that may.
     log_file
         Takes Nipype's messages.
     crash_folders
@@ -291,13 +295,19 @@ def run(
     if plugin == 'MultiProc':
         initargs = (os.getcwd(), str(log_file), verbose, monitor)
         runner = ScanByScan(arguments, initargs, limit_s)
+    elif plugin in ('SLURM', 'SLURMGraph'):
+        runner = Slurm(arguments) if plugin == 'SLURM' else SlurmGraph(arguments)
+        # The time limit of a head job: what it submitted must not go on without it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     error: Exception | None = None
     try:
         workflow.run(plugin=runner, plugin_args=arguments)
+    except SettingsError:
+        raise
     except Exception as raised:  # what failed is read from the crash reports
         error = raised
     finally:
-        if plugin == 'MultiProc':
+        if runner is not plugin:
             runner.close()
     if progress.kept:
         LOGGER.info('%d of %d stages kept from before', progress.kept, progress.total)
@@ -323,7 +333,11 @@ def read_crash(path: Path, scans: Mapping[str, str]) -> Failure:
     # The last exception of the traceback; ours say all in one line.
     found = re.findall(r'^\s*(?:\w+\.)*(\w*(?:Error|Exception|Exit))(?:: (.*))?$', text, re.M)
     kind, message = found[-1] if found else ('', 'see the details')
-    ended = re.search(r'^(the process was killed|took longer than|was ended).*$', text, re.M)
+    ended = re.search(
+        r'^(the process was killed|took longer than|was ended|job \d+ gave no result).*$',
+        text,
+        re.M,
+    )
     if ended:
         reason = ended[0]
     elif 'KeyboardInterrupt' in text:

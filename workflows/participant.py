@@ -139,6 +139,7 @@ def configure(
         'crashfile_format': 'txt',
         'create_report': 'false',
         'hash_method': 'content',
+        'job_finished_timeout': '60',  # network file systems show a new file late
         'parameterize_dirs': 'false',
         'poll_sleep_duration': '0.25',
         # The set of connected outputs must not change what a node's hash is.
