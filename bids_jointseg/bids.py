@@ -45,8 +45,11 @@ QUERIES = {
     'flair': {'datatype': 'anat', 'suffix': 'FLAIR', 'extension': list(EXTENSIONS)},
 }
 # What somebody may have meant to be a scan, and what is one.
-_ALIKE = re.compile(r'(?i)(?!\.)(?:.*[_-])?(t1w?|flair)\.(?:nii|nii\.gz|hdr|img|mgz|mgh|nrrd)')
-_NAME = re.compile(r'sub-[^_]+_(?:[^_]+_)*(?:T1w|FLAIR)\.nii(?:\.gz)?')
+_ALIKE = re.compile(r'(?is)(?!\.)(?:.*[_-])?(t1w?|flair)\.(?:nii|nii\.gz|hdr|img|mgz|mgh|nrrd)')
+# Values of entities become names of files, and are shown in reports: letters and digits only.
+_VALUE = r'[^\W_](?:[^\W_]|[.+-])*'
+_NAME = re.compile(rf'sub-{_VALUE}_(?:[^\W_]+(?:-{_VALUE})?_)*(?:T1w|FLAIR)\.nii(?:\.gz)?')
+MISNAMED = 'is no scan by its name: call it sub-<label>[...]_T1w.nii.gz or _FLAIR'
 # Entities that our own names set, so a scan's own cannot stay in them. Raw scans have none.
 OURS = ('space', 'cohort', 'res', 'den', 'seg', 'label', 'desc')
 TEMPLATEFLOW = 'https://github.com/templateflow/templateflow'
@@ -163,7 +166,10 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
                 continue
             part = entities(path).get('part', 'mag')
             misplaced = _misplaced(path.relative_to(root))
-            if misplaced:
+            if not _NAME.fullmatch(path.name):
+                if restricted:  # otherwise all such names are looked for
+                    skipped.append(Skipped(path, MISNAMED, failed=True))
+            elif misplaced:
                 skipped.append(Skipped(path, misplaced, failed=True))
             elif part != 'mag':
                 skipped.append(Skipped(path, f'part-{part} is not a magnitude image'))
@@ -216,7 +222,7 @@ def _misnamed(folder: Path) -> list[Skipped]:
             missing = alike[name] not in {alike[other] for other in good}
             reason = 'is a folder: put the image there'
             if not (anat / name).is_dir():
-                reason = 'is no scan by its name: call it sub-<label>[...]_T1w.nii.gz or _FLAIR'
+                reason = MISNAMED
             found.append(Skipped(anat / name, reason, failed=missing))
     return found
 
@@ -596,8 +602,10 @@ def write_bytes(path: Path, content: bytes) -> Path:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:  # which file, a full disk does not say
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say which file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -941,6 +949,20 @@ def _are_there(
 def raw_uri(path: Path, bids_dir: Path) -> str:
     """Return the BIDS URI of a file of the input dataset."""
     return f'bids:raw:{path.relative_to(bids_dir).as_posix()}'
+
+
+def raw_path(uri: str, bids_dir: Path) -> Path:
+    """Return the file of the input dataset that a BIDS URI names.
+
+    Raises
+    ------
+    ValueError
+        If it names none, or leads out of the dataset.
+    """
+    place = Path(uri.removeprefix('bids:raw:'))
+    if not uri.startswith('bids:raw:') or place.is_absolute() or '..' in place.parts:
+        raise ValueError(f'{uri}: not a file of the input dataset')
+    return bids_dir / place
 
 
 def create_dataset(settings: Settings, card: ModelCard) -> None:

@@ -312,7 +312,17 @@ def pairing_table(scans: Sequence[Scan], skipped: Sequence[Skipped], bids_dir: P
     return text
 
 
+UNSEEN = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
+"""Names of files may hold characters that command a terminal: they are not sent to it."""
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).translate(UNSEEN)
+
+
 def _align(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[' '.join(cell.splitlines()).translate(UNSEEN) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -342,10 +352,12 @@ def _answer(program: str, run: Callable[[], int]) -> int:
     from bids_jointseg.recipe import RecipeError
 
     def stop(code: int, message: object) -> int:
-        sys.stderr.write(f'{program}: {message}\n')
+        sys.stderr.write(f'{program}: {message}'.translate(UNSEEN) + '\n')
         return int(code)
 
-    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
+    console = logging.StreamHandler()
+    console.setFormatter(_Formatter('%(asctime)s %(message)s', datefmt='%H:%M:%S'))
+    logging.basicConfig(handlers=[console])
     LOGGER.setLevel(logging.INFO)
     try:
         return int(run())
@@ -355,9 +367,10 @@ def _answer(program: str, run: Callable[[], int]) -> int:
         return stop(Exit.NO_DATA, error)
     except KeyboardInterrupt:
         return stop(130, 'interrupted; the same command goes on')
-    except MemoryError:
-        return stop(Exit.INTERNAL, 'memory ran out: give more, or a smaller --nprocs')
     except Exception as error:
+        short = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if short or isinstance(error, MemoryError) or "can't start new thread" in str(error):
+            return stop(Exit.INTERNAL, 'memory ran out: give more, or a smaller --nprocs')
         if isinstance(error, OSError) and error.errno in MACHINE:
             where = f'{error.filename}: ' if error.filename else ''
             return stop(Exit.USAGE, f'{where}{error.strerror}: mend it and run the same command')

@@ -474,8 +474,10 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with temporary.open('wb') as stream:
             yield stream
         temporary.replace(target)
-    except OSError as error:  # which file, a full disk does not say
-        raise OSError(error.errno, error.strerror, str(target)) from error
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say which file
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

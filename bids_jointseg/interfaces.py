@@ -17,7 +17,8 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from nipype.interfaces.base import (
@@ -61,7 +62,7 @@ def _save(name: str, **arrays: NDArray[Any]) -> str:
 
 
 def _load(path: str) -> dict[str, NDArray[Any]]:
-    with np.load(path) as arrays:
+    with _damage(path), np.load(path) as arrays:
         return dict(arrays)
 
 
@@ -69,6 +70,23 @@ def _save_array(name: str, array: NDArray[Any]) -> str:
     path = Path.cwd() / f'{name}.npy'
     np.save(path, array)
     return str(path)
+
+
+def _load_array(path: str, *, mmap_mode: Literal['r'] | None = None) -> NDArray[Any]:
+    with _damage(path):
+        return np.load(path, mmap_mode=mmap_mode)
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """Say what helps where unfinished work was cut off: by a power cut, or a disk's fault."""
+    try:
+        yield
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise ImageError(
+            f'{path}: unfinished work that is damaged: the same command with --clean-workdir '
+            'makes it again'
+        ) from error
 
 
 def _load_volume(path: str) -> Volume:
@@ -446,7 +464,7 @@ class MeasureQuality(SimpleInterface):
         reference = next(iter(volumes))
         measures = quality.measure(
             volumes,
-            np.load(getattr(inputs, f'{reference.lower()}_labels')),
+            _load_array(getattr(inputs, f'{reference.lower()}_labels')),
             between=_between(inputs.transform),
             doubt_mm3=inputs.doubt_mm3,
             agreement=inputs.consensus,
@@ -503,7 +521,7 @@ class WriteDerivatives(SimpleInterface):
         reference = next(iter(volumes))
         grid = volumes[reference].grid
         files = {'T1w': scan.t1w, 'FLAIR': scan.flair}
-        labels = {name: np.load(getattr(inputs, f'{name.lower()}_labels')) for name in volumes}
+        labels = {name: _load_array(getattr(inputs, f'{name.lower()}_labels')) for name in volumes}
         own = labels[reference]
         brain = own > 0
 
@@ -523,14 +541,14 @@ class WriteDerivatives(SimpleInterface):
         if inputs.level == 'full':
             stripped = skull_stripped(volumes[reference], brain)
             write('desc-brain_mask.nii.gz', brain.astype(np.uint8))
-            probabilities = np.load(inputs.probabilities, mmap_mode='r')
+            probabilities = _load_array(inputs.probabilities, mmap_mode='r')
             for name, array in zip(CLASSES[1:], probabilities[1:], strict=True):
                 write(
                     f'seg-jointseg_label-{name}_probseg.nii.gz',
                     array / np.float32(255),
                     slope=1 / 255,
                 )
-            uncertainty = np.load(inputs.entropy).astype(np.float32)
+            uncertainty = _load_array(inputs.entropy).astype(np.float32)
             write('seg-jointseg_desc-entropy_probseg.nii.gz', uncertainty, slope=1 / 255)
             between = _between(inputs.transform)
             for name, volume in volumes.items():
@@ -551,7 +569,7 @@ class WriteDerivatives(SimpleInterface):
                     path = bids.derivative(out_dir, scan, suffix)
                     image.save_itk(between[end, start], path)
 
-        probability, agreement = np.load(inputs.lesion)
+        probability, agreement = _load_array(inputs.lesion)
         found = lesions.measure_lesions(
             own, grid, probability=probability, agreement=agreement
         )
@@ -644,10 +662,10 @@ class DrawFigures(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         inputs = self.inputs
         volumes = _load_volumes(inputs)
-        arrays = {'entropy': np.load(inputs.entropy).astype(np.float32)}
+        arrays: dict[str, Any] = {'entropy': _load_array(inputs.entropy).astype(np.float32)}
         for name in volumes:
             key = f'{name.lower()}_labels'
-            arrays[key] = np.load(getattr(inputs, key))
+            arrays[key] = _load_array(getattr(inputs, key))
         if len(volumes) == 2:
             flair, grid = volumes['FLAIR'], volumes['T1w'].grid
             after = _between(inputs.transform)['T1w', 'FLAIR']
@@ -690,7 +708,7 @@ class RegisterTemplate(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         inputs = self.inputs
         volume = next(iter(_load_volumes(inputs).values()))
-        labels = np.load(inputs.labels)
+        labels = _load_array(inputs.labels)
         try:
             template, inside = standard.load_template(Path(inputs.template), Path(inputs.mask))
             transform = standard.register(template, inside, volume, labels > 0, labels == LESION)
@@ -740,7 +758,7 @@ class WriteStandard(SimpleInterface):
         ((reference, volume),) = list(_load_volumes(inputs).items())[:1]
         transform = standard.load_transform(Path(inputs.transform))
         pull = standard.Puller(transform, grid, volume.grid)
-        probabilities = np.load(inputs.probabilities, mmap_mode='r')
+        probabilities = _load_array(inputs.probabilities, mmap_mode='r')
         joint = standard.bring_probabilities(
             pull, (part / np.float32(255) for part in probabilities)
         )
@@ -758,7 +776,7 @@ class WriteStandard(SimpleInterface):
                 grid=' x '.join(f'{mm:g}' for mm in grid.spacing_mm) + ' mm',
             )
             if 'desc-preproc' in name:
-                record['SkullStripped'] = skull_stripped(volume, np.load(inputs.labels) > 0)
+                record['SkullStripped'] = skull_stripped(volume, _load_array(inputs.labels) > 0)
             if last:
                 record['configuration'] = dict(inputs.configuration)
             options.setdefault('dtype', np.uint8)
@@ -1001,7 +1019,7 @@ class Score(SimpleInterface):
         volumes = _load_volumes(inputs)
         labels = image.load_labels(inputs.annotation)
         space = annotated_space(inputs.annotation, labels, volumes)
-        found = np.load(getattr(inputs, f'{space.lower()}_labels'))
+        found = _load_array(getattr(inputs, f'{space.lower()}_labels'))
         said = protocol(inputs.protocol)
         rows = evaluation.score(
             PROTOCOLS['jointseg'].encode(found),

@@ -658,7 +658,8 @@ def find_visits(out_dir: Path, bids_dir: Path, subject: str) -> list[list[Visit]
             space = json.loads(sidecar.read_text(encoding='utf-8'))['SpatialReference']
             settings = dict(record['configuration'])
             sources = tuple(record['Sources'])
-            reference = bids_dir / space.removeprefix('bids:raw:')
+            reference = bids.raw_path(space, bids_dir)
+            _ = [bids.raw_path(uri, bids_dir) for uri in sources]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             LOGGER.warning('%s: not compared, it cannot be read (%r)', summary, error)
             continue
@@ -842,7 +843,7 @@ def _unlike(earlier: Visit, later: Visit, bids_dir: Path) -> list[str]:
     for one, other in zip(
         sorted(earlier.sources, key=_suffix), sorted(later.sources, key=_suffix), strict=True
     ):
-        paths = [bids_dir / uri.removeprefix('bids:raw:') for uri in (one, other)]
+        paths = [bids.raw_path(uri, bids_dir) for uri in (one, other)]
         name = _suffix(other)
         if all(path.is_file() for path in paths):
             sizes = [np.sort(image.load_grid(path).spacing_mm) for path in paths]

@@ -8,6 +8,7 @@ training names what it `tells`; one that nothing is learned from names its peopl
 from __future__ import annotations
 
 import logging
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -343,6 +344,9 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f'two datasets are called {", ".join(sorted(doubled))}')
     if not names:
         raise RecipeError('no dataset: declare each in a table [[datasets]]')
+    for name in (recipe.name, *names):  # files are called after them
+        if not re.fullmatch(r'\w[\w .+-]*', name):
+            raise RecipeError(f'name is {name!r}: give letters, digits, and -, +, . or _ between')
     if recipe.folds < 1:
         raise RecipeError(f'folds is {recipe.folds}: give a number from 1')
     good = len(recipe.fractions) == 3 and min(recipe.fractions) >= 0

@@ -12,12 +12,14 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +80,8 @@ class ScanByScan(MultiProcPlugin):
         self._hung: set[int] = set()
         self._hung_at = -math.inf
         self.other_crashes: list[Path] = []
+        # The pool's own threads need memory too: where one ends for want of it, the task fails.
+        self._excepthook, threading.excepthook = threading.excepthook, _log_thread
         self._new_pool()
 
     def _new_pool(self) -> None:
@@ -125,16 +129,33 @@ class ScanByScan(MultiProcPlugin):
         if future.done() and future.exception() is not None:
             if taskid in self._hung:
                 reason = HUNG.format(hours=self._limit_s / 3600)
+            elif not isinstance(future.exception(), BrokenProcessPool):
+                # Nipype failed over a failure: the first of the two says why.
+                reason = str(future.exception().__cause__).split('\nDuring handling of')[0]
             else:
                 reason = BESIDE if self._begun[taskid] < self._hung_at else KILLED
             return {'result': None, 'traceback': [f'{reason}\n'], 'taskid': taskid}
         result = super()._get_result(taskid)
+        manager = self.pool._executor_manager_thread
+        if not (future.done() or manager is None or manager.is_alive()):
+            raise MemoryError  # it could not start a thread, and nothing would ever come
         if result is None and time.monotonic() - self._begun[taskid] > self._limit_s:
             self._hung.add(taskid)
             self._hung_at = time.monotonic()
             for worker in self._workers():  # which of them has this task, the pool does not say
                 worker.kill()
         return result
+
+    def _local_hash_check(self, jobid: int, graph: Any) -> Any:
+        folder = Path(self.procs[jobid].output_dir())
+        try:
+            _ = self.procs[jobid].result
+        except FileNotFoundError:
+            pass
+        except Exception:  # cut off by a power cut, say: made again
+            LOGGER.debug('%s: damaged, made again', folder, exc_info=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        return super()._local_hash_check(jobid, graph)
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> Any:
         try:
@@ -164,17 +185,23 @@ class ScanByScan(MultiProcPlugin):
     def close(self) -> None:
         """End what still runs."""
         gc.unfreeze()
+        threading.excepthook = self._excepthook
         workers = self._workers()
         self.pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
 
 
+def _log_thread(ended: Any) -> None:
+    LOGGER.debug('a thread ended: %r', ended.exc_value)
+
+
 def start_worker(cwd: str, log_file: str, verbose: int, monitor: bool) -> None:
     """Prepare a worker: quiet, and left alone by Ctrl-C, which the main process answers."""
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    with suppress(RuntimeError):  # memory may be too short for a thread
+        end_with_parent()
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
     configure_nipype(Path(log_file), verbose, monitor)
 

@@ -24,6 +24,7 @@ from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg import __version__, bids
+from bids_jointseg.config import SettingsError
 from bids_jointseg.image import ImageError, load_grid
 from bids_jointseg.interfaces import (
     Check,
@@ -574,6 +575,7 @@ def run(
     for folder in logs:
         bids.write_text(folder / 'config.toml', settings.to_toml())
     base = Path(workflow.base_dir)
+    refuse_foreign(base)
     base.mkdir(parents=True, exist_ok=True)
     if settings.write_graph:
         try:
@@ -605,6 +607,19 @@ def run(
         )
     ]
     return sorted(failures, key=lambda failure: failure.scan)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse unfinished work of another user: Nipype unpickles it, which runs what it says.
+
+    Raises
+    ------
+    SettingsError
+        If the folder is there and neither the user's own nor root's.
+    """
+    user = os.geteuid()
+    if user and folder.exists() and folder.stat().st_uid not in (user, 0):
+        raise SettingsError(f'{folder} belongs to another user: choose another -w')
 
 
 def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed: int) -> dict:
