@@ -37,9 +37,9 @@ LOGGER = logging.getLogger('bids_jointseg')
 
 EPILOG = """\
 exit codes: 0 all done; 1 some scans failed (the others are complete, a table says which and
-why); 2 wrong usage; 3 only a report or a comparison of sessions failed; 65 nothing usable in the
-data; 70 internal error. Where several apply: 70, 65, 1, 3. Options may be written with
-underscores as well.
+why); 2 wrong usage, or a folder or disk that cannot be used; 3 only a report or a comparison of
+sessions failed; 65 nothing usable in the data; 70 internal error, or too little memory. Where
+several apply: 70, 65, 1, 3. Options may be written with underscores as well.
 """
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import nibabel as nib
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from runs import Server
 
 SHIFT_MM = np.array([4.0, 2.0, -3.0])
 """Of the head, from the T1w of sub-01 to its FLAIR."""
@@ -113,3 +119,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved = save_model(build(architecture), card, tmp_path_factory.mktemp('model'))
     assert saved.path is not None
     return saved.path
+
+
+@pytest.fixture(scope='session')
+def server() -> Iterator[Server]:
+    """Starts whole runs of the command, each in a process of its own."""
+    from runs import Server
+
+    running = Server()
+    yield running
+    running.close()

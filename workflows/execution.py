@@ -138,7 +138,8 @@ class ScanByScan(MultiProcPlugin):
         result = super()._get_result(taskid)
         manager = self.pool._executor_manager_thread
         if not (future.done() or manager is None or manager.is_alive()):
-            raise MemoryError  # it could not start a thread, and nothing would ever come
+            # It could not start a thread, and nothing would ever come.
+            return {'result': None, 'traceback': [f'{KILLED}\n'], 'taskid': taskid}
         if result is None and time.monotonic() - self._begun[taskid] > self._limit_s:
             self._hung.add(taskid)
             self._hung_at = time.monotonic()
