@@ -35,6 +35,7 @@ release = version = __version__
 extensions = ['myst_parser']
 myst_heading_anchors = 3
 exclude_patterns = ['site']
+smartquotes = False
 
 html_theme = 'furo'
 html_title = f'bids_jointseg {release}'
