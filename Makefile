@@ -2,7 +2,8 @@
 # make test    all tests (make test PYTEST="-m 'not slow'" leaves out the slow ones)
 # make lint    style, types and the direction of imports
 # make docs    the pages of docs/ as a site, into site/
-# All of them install into their own virtual environment first.
+# make lock    the container's pins; needs uv, and TORCH_INDEX, PyTorch's index of CPU builds
+# All but the last install into their own virtual environment first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ PYTEST ?=
 SHELL := /bin/bash
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs lock clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jointseg-demo $(DEMO)
@@ -26,6 +27,16 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs site
+
+# One lock for what all images have, one for torch and what each of its builds brings.
+LOCK = uv pip compile -q --generate-hashes --no-header --no-annotate --no-emit-find-links \
+    --python-version 3.11 --python-platform x86_64-manylinux_2_28
+CPU = -c <(sed 's/^torch==[^+]*$$/&+cpu/' constraints.txt) --find-links $(TORCH_INDEX)/torch
+lock:
+	$(LOCK) -c constraints.txt <(echo torch) -o container/torch-cuda.lock
+	$(LOCK) $(CPU) <(echo torch) -o container/torch-cpu.lock
+	$(LOCK) $(CPU) pyproject.toml <(echo bids-validator-deno) --no-emit-package torch \
+	    -o container/requirements.lock
 
 # The constraints pin torch and everything below it to the versions that were tested.
 $(VENV)/.installed: pyproject.toml constraints.txt
