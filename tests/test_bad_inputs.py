@@ -460,7 +460,7 @@ ANAT = 'sub-x/anat'
     ('MGZ in a dataset', lambda r: touch(r, f'{ANAT}/sub-x_T1w.mgz'), 'x_T1w.mgz +is no scan by'),
     ('an ANALYZE pair in a dataset', lambda r: touch(r, *(f'{ANAT}/sub-x_T1w.{e}' for e in
      ('hdr', 'img'))), r'(?s)sub-x_T1w\.hdr +is no scan.*sub-x_T1w\.img +is no scan'),
-    ('no entities', lambda r: touch(r, f'{ANAT}/T1w.nii.gz'), r'T1w\.nii\.gz +is no scan by its name'),
+    ('no entities', lambda r: touch(r, f'{ANAT}/T1w.nii.gz'), r'T1w\.nii\.gz +is no scan by its'),
     ('the name of another participant', lambda r: touch(r, f'{ANAT}/sub-good_FLAIR.nii.gz'),
      r'(?s)^.*sub-good +sub-good_T1w\.nii\.gz +-.*sub-good_FLAIR\.nii\.gz +lies in sub-x, but'),
     ('the name of another session', lambda r: touch(r, 'sub-x/ses-1/anat/sub-x_ses-2_T1w.nii'),
