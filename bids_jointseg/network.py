@@ -12,6 +12,7 @@ same spatial size:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,8 @@ def _mean_of_branches(branches: nn.ModuleDict, images: Images) -> Tensor:
     if not features:
         raise ValueError('give at least one modality')
     # Stacking them would lose that channels lie last, on which the speed of the rest depends.
-    return sum(features[1:], features[0]) / len(features) if len(features) > 1 else features[0]
+    total: Tensor = functools.reduce(torch.add, features)
+    return total / len(features) if len(features) > 1 else total
 
 
 class Convolution(nn.Conv3d):
@@ -53,13 +55,14 @@ class Convolution(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(B, outputs, X, Y, Z)`."""
-        fast = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu')
+        there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        fast = there and not torch.is_autocast_enabled('cpu')
         if x.device.type != 'cpu' or x.dtype != torch.float32 or not fast:
             return super().forward(x)
-        found = torch.mkldnn_convolution(  # type: ignore[attr-defined]
-            x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+        padding = cast(tuple[int, ...], self.padding)
+        return torch.mkldnn_convolution(
+            x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups
         )
-        return cast(Tensor, found)
 
 
 class InstanceNorm(nn.Module):
