@@ -114,13 +114,14 @@ def test_lesions_put_in_and_filled_leave_the_volumes_unchanged():
     network = load_model(card)
     grid = image.model_grid(scan, in_plane_mm=1.0, slice_mm=(3.0, 3.0))
 
-    def segment(data: np.ndarray) -> np.ndarray:
-        normalised = image.normalise(image.resample(image.Volume(data, scan.grid), grid))
-        members = predict(network, {'T1w': normalised}, window=card.window, device='cpu')
+    def segment(array: np.ndarray) -> np.ndarray:
+        members = predict(
+            network, {'T1w': image.normalise(array)}, window=card.window, device='cpu'
+        )
         return image.label_map(combine(members))
 
     data = image.resample(scan, grid)
-    before = segment(scan.data)
+    before = segment(data)
     inside = ndimage.distance_transform_edt(before == WM, sampling=grid.spacing_mm) > 4
     rng = np.random.default_rng(3)
     seeds = rng.permutation(np.argwhere(inside))[:25]
@@ -135,13 +136,7 @@ def test_lesions_put_in_and_filled_leave_the_volumes_unchanged():
     filled = fill_lesions(injured, labels, grid)
     known = image.volumes_mm3(before, grid)
 
-    def segment_on_grid(array: np.ndarray) -> np.ndarray:
-        members = predict(
-            network, {'T1w': image.normalise(array)}, window=card.window, device='cpu'
-        )
-        return image.label_map(combine(members))
-
-    after, hurt = segment_on_grid(filled), segment_on_grid(injured)
+    after, hurt = segment(filled), segment(injured)
     found = image.volumes_mm3(after, grid)
     for name in ('WM', 'CGM', 'SGM', 'BS', 'CBM', 'VEN'):
         assert found[name] == pytest.approx(known[name], rel=0.01), name
