@@ -8,9 +8,10 @@ On the recipe's validation people, never on its test people:
   painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
   calibration error before and after: of the label of each voxel within the brain, and of lesions
   within 8 mm of true ones;
-- the repeatability: every scan is "acquired" again (another position, coil, and noise), and half
-  of a volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
-  `k = 1.96 rms(dV / sqrt(d1^2 + d2^2))` over the pairs of scans of one person.
+- the repeatability: every scan is "acquired" again (another position, coil, contrast, calibration
+  and noise), and half of a volume's 95 % interval is `k` times the volume that the probabilities
+  leave in doubt: `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans of one person, with
+  Student's t for n degrees of freedom, since they are few.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -30,6 +31,7 @@ import torch
 from accuracy import Case, paint_heads, tissue_scans
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.stats import t
 
 from bids_jointseg import image
 from bids_jointseg.augment import smooth_field
@@ -45,9 +47,12 @@ NAMES = (*CLASSES[1:], 'brain')
 
 
 def scanned_again(scan: Volume, seed: int) -> Volume:
-    """Return a scan as another session would give it: moved, with other noise and coil."""
+    """Return a scan as another session would give it: moved, with other noise, coil, contrast.
+
+    Gradients are calibrated to a few tenths of a per cent, so each axis is stretched, too.
+    """
     rng = np.random.default_rng((7, seed))
-    angles, shift = np.deg2rad(rng.uniform(-4, 4, 3)), rng.uniform(-4, 4, 3)
+    angles, shift = np.deg2rad(rng.uniform(-8, 8, 3)), rng.uniform(-8, 8, 3)
     move = np.eye(4)
     for axis, angle in enumerate(angles):
         i, j = (other for other in range(3) if other != axis)
@@ -55,15 +60,17 @@ def scanned_again(scan: Volume, seed: int) -> Volume:
         turn[[i, j], [i, j]] = np.cos(angle)
         turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         move = move @ turn
+    move[:3, :3] *= rng.uniform(0.997, 1.003, 3)
     middle = scan.grid.affine @ [*(np.array(scan.grid.shape) - 1) / 2, 1]
     move[:3, 3] = middle[:3] - move[:3, :3] @ middle[:3] + shift
     data = image.resample(scan, scan.grid, move)
     head = data > image.foreground(data)
     level = float(np.median(data[head]))
     generator = torch.Generator().manual_seed(seed)
-    coil = np.exp(0.05 * smooth_field(data.shape, 50, generator).numpy())
-    noise = rng.normal(0, 0.015 * level, (2, *data.shape))
-    again = np.hypot(data * coil + noise[0], noise[1])
+    coil = np.exp(0.1 * smooth_field(data.shape, 50, generator).numpy())
+    noise = rng.normal(0, 0.03 * level, (2, *data.shape))
+    contrast = np.maximum(data / level, 0) ** np.exp(rng.normal(0, 0.05)) * level
+    again = np.hypot(contrast * coil + noise[0], noise[1])
     # Air that was zero stays so: brains without skull have been extracted.
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
 
@@ -190,7 +197,7 @@ def main() -> None:
                 if doubt > 0:
                     ratios[name].append((a['volumes'][name] - b['volumes'][name]) / doubt)
     repeatability = {
-        name: round(1.96 * float(np.sqrt(np.mean(np.square(values)))), 4)
+        name: round(float(t.ppf(0.975, len(values)) * np.sqrt(np.mean(np.square(values)))), 4)
         for name, values in ratios.items()
         if values
     }
@@ -205,14 +212,15 @@ def main() -> None:
         'expected calibration error': {
             what: {
                 name: round(
-                    float(np.nanmean([_calibration_error(t[number][what]) for t in told])), 4
+                    float(np.nanmean([_calibration_error(bins[number][what]) for bins in told])), 4
                 )
                 for name, number in (('at 1', even), ('calibrated', best))
             }
             for what in ('labels', 'lesions')
         },
         'reliability diagram': {
-            what: _diagram(sum(t[best][what] for t in told)) for what in ('labels', 'lesions')
+            what: _diagram(sum(bins[best][what] for bins in told))
+            for what in ('labels', 'lesions')
         },
         'repeatability': repeatability,
         'pairs': {name: [round(v, 4) for v in values] for name, values in ratios.items()},
