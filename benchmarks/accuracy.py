@@ -270,11 +270,11 @@ def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
     lines = [f'| two scans of one person, n = {len(found)} | {" | ".join(TISSUES)} |']
     lines.append('|---|' + '---:|' * 6)
     for words, key, middle in (
-        ('difference of the volumes, mean % ', 'percent', np.mean),
+        ('difference of the volumes, mean %', 'percent', np.mean),
         ('half-width of the interval, median %', 'half_width_percent', np.median),
     ):
         cells = (middle([row[key] for row in each if row['name'] == name]) for name in TISSUES)
-        lines.append(f'| {words.strip()} | {" | ".join(f"{cell:.2f}" for cell in cells)} |')
+        lines.append(f'| {words} | {" | ".join(f"{cell:.2f}" for cell in cells)} |')
     held = sum(row['changed'] == 'no' for row in each)
     told = sum(row['changed'] != 'n/a' for row in each)
     return [*lines, '', f'No change lies inside the interval for {held} of {told} volumes.']

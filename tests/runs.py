@@ -181,6 +181,10 @@ def draw_small() -> None:
     reports.WIDTH = 300
 
 
+SMALL: dict[str, Any] = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}
+"""Of a scan, in voxels and their size."""
+
+
 def make_cohort(server: Server, folder: Path) -> Cohort:
     """Return an empty dataset, an untrained network, and a plugin that forks workers."""
     import torch
@@ -197,6 +201,19 @@ def make_cohort(server: Server, folder: Path) -> Cohort:
     saved = save_model(build(architecture), card, folder / 'model')
     (folder / 'fork.yml').write_text('plugin: MultiProc\nplugin_args: {mp_context: fork}\n')
     return Cohort(server, describe_dataset(folder / 'bids'), saved.path, folder)
+
+
+def make_small_cohort(server: Server, folder: Path) -> Cohort:
+    """Return one whose sub-1 has T1w and FLAIR, and sub-2 two sessions."""
+    from conftest import draw_head, put
+
+    made = make_cohort(server, folder)
+    put(draw_head('T1w', **SMALL), made.bids / 'sub-1' / 'anat' / 'sub-1_T1w.nii.gz')
+    put(draw_head('FLAIR', **SMALL, seed=1), made.bids / 'sub-1' / 'anat' / 'sub-1_FLAIR.nii.gz')
+    for session in (1, 2):
+        name = f'ses-{session}/anat/sub-2_ses-{session}_T1w.nii.gz'
+        put(draw_head('T1w', **SMALL, seed=1 + session), made.bids / 'sub-2' / name)
+    return made
 
 
 def contents(out: Path) -> dict[str, bytes]:

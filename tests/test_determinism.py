@@ -20,10 +20,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import draw_head, put
-from runs import contents, make_cohort
+from conftest import draw_head
+from runs import contents, make_small_cohort
 
-SMALL = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}
 NAMES_THE_INPUT = {'dataset_description.json', 'sub-1.html', 'sub-2.html'}
 TOLERANCE = 1e-3
 """Of a probability, between numbers of threads: far below the 1/255 in which it is written."""
@@ -31,14 +30,7 @@ TOLERANCE = 1e-3
 
 @pytest.fixture(scope='module')
 def cohort(server, tmp_path_factory):
-    """sub-1 has T1w and FLAIR, sub-2 two sessions."""
-    made = make_cohort(server, tmp_path_factory.mktemp('determinism'))
-    put(draw_head('T1w', **SMALL), made.bids / 'sub-1' / 'anat' / 'sub-1_T1w.nii.gz')
-    put(draw_head('FLAIR', **SMALL, seed=1), made.bids / 'sub-1' / 'anat' / 'sub-1_FLAIR.nii.gz')
-    for session in (1, 2):
-        name = f'ses-{session}/anat/sub-2_ses-{session}_T1w.nii.gz'
-        put(draw_head('T1w', **SMALL, seed=1 + session), made.bids / 'sub-2' / name)
-    return made
+    return make_small_cohort(server, tmp_path_factory.mktemp('determinism'))
 
 
 def process(cohort, name, *more, **options):

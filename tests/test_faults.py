@@ -27,26 +27,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from conftest import draw_head, put
-from runs import Cohort, contents, make_cohort
+from runs import SMALL, Cohort, contents, make_cohort, make_small_cohort
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from runs import Run
 
-SMALL = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}
 
 
 @pytest.fixture(scope='module')
 def cohort(server, tmp_path_factory):
-    """sub-1 has T1w and FLAIR, sub-2 two sessions."""
-    made = make_cohort(server, tmp_path_factory.mktemp('faults'))
-    put(draw_head('T1w', **SMALL), made.bids / 'sub-1' / 'anat' / 'sub-1_T1w.nii.gz')
-    put(draw_head('FLAIR', **SMALL, seed=1), made.bids / 'sub-1' / 'anat' / 'sub-1_FLAIR.nii.gz')
-    for session in (1, 2):
-        name = f'ses-{session}/anat/sub-2_ses-{session}_T1w.nii.gz'
-        put(draw_head('T1w', **SMALL, seed=1 + session), made.bids / 'sub-2' / name)
-    return made
+    return make_small_cohort(server, tmp_path_factory.mktemp('faults'))
 
 
 def check_visible(out: Path, undisturbed: dict[str, bytes]) -> None:
