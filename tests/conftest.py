@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['OMP_NUM_THREADS'] = '1'
 
 import nibabel as nib
 import numpy as np
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 SHIFT_MM = np.array([4.0, 2.0, -3.0])
 """Of the head, from the T1w of sub-01 to its FLAIR."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Leave PyTorch's threads to the next test as they were: its sums depend on their number."""
+    yield
+    if torch := sys.modules.get('torch'):
+        torch.set_num_threads(1)
 
 
 def draw_head(
