@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from bids_jointseg import __version__
 from bids_jointseg.config import Settings
+from bids_jointseg.files import write_bytes
 from bids_jointseg.labels import CLASSES, LABELS
 from bids_jointseg.recipe import RecipeError
 
@@ -595,29 +595,13 @@ def validation_errors(settings: Settings) -> list[str]:
 # --- writing ------------------------------------------------------------------------------------
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not say which file
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def remove_unfinished(out_dir: Path, subjects: Iterable[str]) -> None:
     """Remove what a killed run had begun to write of these participants, whom no other run has.
 
     Of the files of the whole dataset, other runs may be writing some now.
     """
     for subject in subjects:
-        for pattern in (f'.sub-{subject}.html.*.tmp', f'sub-{subject}/**/.*.tmp'):
+        for pattern in (f'.sub-{subject}.html.*.tmp', f'sub-{subject}/**/.*.tmp*'):
             for path in out_dir.glob(pattern):
                 path.unlink(missing_ok=True)
     for path in (*out_dir.glob('.*.tmp'), *out_dir.glob('logs/.*.tmp')):

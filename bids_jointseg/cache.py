@@ -6,7 +6,6 @@ that the annotation leaves open at each voxel, and, where scans are painted, the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from bids_jointseg import synth
+from bids_jointseg.files import replacing
 from bids_jointseg.image import Grid, Volume, foreground, model_grid, normalise, resample
 from bids_jointseg.labels import ALL, PROTOCOLS, Protocol, bits
 
@@ -236,10 +236,8 @@ def write_person(
         shown = [images[modality] > 0 for modality in images]
         bright = np.logical_and.reduce(shown) if shown else np.zeros(kinds.shape, bool)
         arrays['kinds'] = np.where((kinds == synth.AIR) & bright, synth.CSF, kinds)
-    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
-    with temporary.open('wb') as file:
+    with replacing(path) as temporary, temporary.open('wb') as file:
         np.savez_compressed(file, **arrays)
-    temporary.replace(path)
 
 
 def read_person(

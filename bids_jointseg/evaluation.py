@@ -27,8 +27,9 @@ import numpy as np
 from scipy import ndimage
 
 from bids_jointseg import __version__, metrics
-from bids_jointseg.bids import BidsError, DataError, write_bytes, write_json, write_table
+from bids_jointseg.bids import BidsError, DataError, write_json, write_table
 from bids_jointseg.bids import entities as entities_of
+from bids_jointseg.files import write_bytes
 from bids_jointseg.image import Grid, ImageError
 from bids_jointseg.labels import (
     ALL,

@@ -39,6 +39,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from bids_jointseg.files import replacing, write_bytes
 from bids_jointseg.labels import CLASSES, INDICES, LABELS
 
 if TYPE_CHECKING:
@@ -454,7 +455,7 @@ def save(
     if kind.kind in 'iu' and data.dtype != kind:
         limits = np.iinfo(kind)
         data = np.clip(np.rint(data), limits.min, limits.max)
-    with _replacing(path) as stream:
+    with replacing(path) as temporary, temporary.open('wb') as stream:
         packed: IO[bytes] = stream
         if str(path).endswith('.gz'):
             # No name and no time in the header: equal content gives equal bytes.
@@ -463,23 +464,6 @@ def save(
         packed.write(data.astype(kind, copy=False).tobytes(order='F'))
         if packed is not stream:
             packed.close()
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` once it is complete."""
-    target = Path(path)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-    try:
-        with temporary.open('wb') as stream:
-            yield stream
-        temporary.replace(target)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not say which file
-            error.filename = str(target)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_itk(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
@@ -495,14 +479,14 @@ def save_itk(matrix: ArrayLike, path: str | os.PathLike[str]) -> None:
     """
     lps = _FLIP @ np.asarray(matrix, dtype=np.float64) @ _FLIP
     numbers = ' '.join(repr(float(value)) for value in [*lps[:3, :3].ravel(), *lps[:3, 3]])
-    with _replacing(path) as stream:
-        stream.write(
-            '#Insight Transform File V1.0\n'
-            '#Transform 0\n'
-            'Transform: AffineTransform_double_3_3\n'
-            f'Parameters: {numbers}\n'
-            'FixedParameters: 0 0 0\n'.encode()
-        )
+    text = (
+        '#Insight Transform File V1.0\n'
+        '#Transform 0\n'
+        'Transform: AffineTransform_double_3_3\n'
+        f'Parameters: {numbers}\n'
+        'FixedParameters: 0 0 0\n'
+    )
+    write_bytes(Path(path), text.encode())
 
 
 def load_itk(path: str | os.PathLike[str]) -> Matrix:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -29,6 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from bids_jointseg.card import MODALITIES, ModelCard, ModelError, read_weights
+from bids_jointseg.files import write_bytes
 from bids_jointseg.labels import CLASSES
 
 Images = Mapping[str, Tensor]
@@ -303,9 +303,6 @@ def save_model(network: nn.Module, card: ModelCard, folder: Path) -> ModelCard:
     card = replace(
         card, sha256=hashlib.sha256(content).hexdigest(), path=folder / f'{card.name}.json'
     )
-    folder.mkdir(parents=True, exist_ok=True)
     for path, data in ((card.weights, content), (card.path, card.to_json().encode())):
-        temporary = cast(Path, path).with_suffix(f'.{os.getpid()}.tmp')
-        temporary.write_bytes(data)
-        temporary.replace(cast(Path, path))
+        write_bytes(cast(Path, path), data)
     return card

@@ -37,11 +37,11 @@ from bids_jointseg.bids import (
     LESION_COLUMNS,
     DataError,
     entities,
-    write_bytes,
     write_json,
     write_table,
     write_text,
 )
+from bids_jointseg.files import write_bytes
 from bids_jointseg.image import Grid, Volume, foreground
 from bids_jointseg.labels import LABELS, Label
 from bids_jointseg.lesions import ZONES

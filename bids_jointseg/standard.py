@@ -38,6 +38,7 @@ from threadpoolctl import threadpool_limits
 
 from bids_jointseg import bids, image, metrics, reports
 from bids_jointseg.config import NATIVE_SPACES
+from bids_jointseg.files import replacing, write_bytes
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import CLASSES, LABELS
 
@@ -624,12 +625,13 @@ def save_transform(transform: Any, path: Path) -> Path:
         Ends in ``.txt``. SimpleITK and ITK read it, and ANTs, which is built on ITK.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        sitk.WriteTransform(transform, str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        text = Path(f'{temporary}.txt')  # ITK knows a format by its name alone
+        try:
+            sitk.WriteTransform(transform, str(text))
+            text.replace(temporary)
+        finally:
+            text.unlink(missing_ok=True)
     return path
 
 
@@ -868,7 +870,7 @@ def _lesion_map(out_dir: Path, space: str, people: dict[str, list[Path]]) -> lis
     return [
         path,
         bids.write_json(out_dir / f'{stem}.json', description),
-        bids.write_bytes(out_dir / f'{stem}.png', picture),
+        write_bytes(out_dir / f'{stem}.png', picture),
     ]
 
 

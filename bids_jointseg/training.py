@@ -39,6 +39,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bids_jointseg.cache import modalities_of, raw_images, read_mask, read_person
 from bids_jointseg.card import MODALITIES, ModelCard, read_card
+from bids_jointseg.files import replacing, write_bytes
 from bids_jointseg.image import train_landmarks
 from bids_jointseg.inference import choose_device, fast_type, probabilities
 from bids_jointseg.labels import CLASSES, LABELS, TISSUES, tells_tissue
@@ -226,9 +227,8 @@ class _State:
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in self._parts}
         state |= {name: getattr(self, name) for name in self._values}
         state['random'] = torch.get_rng_state()
-        temporary = path.with_suffix('.tmp')
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
     def load(self, path: Path, device: str) -> bool:
         """Go back to a checkpoint; return whether it is of this training."""
@@ -295,6 +295,8 @@ def run(
     """
     torch.manual_seed(settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob('.*.tmp'):  # by a run that was killed while it wrote
+        left.unlink(missing_ok=True)
     state = _begin(settings, device)
     checkpoint = folder / 'checkpoint.pt'
     if checkpoint.is_file():
@@ -674,9 +676,8 @@ class _Log:
     def _picture(self, picture: np.ndarray) -> None:
         from PIL import Image
 
-        temporary = self.folder / 'held_out.tmp'
-        Image.fromarray(picture).save(temporary, 'PNG')
-        temporary.replace(self.folder / 'held_out.png')
+        with replacing(self.folder / 'held_out.png') as temporary:
+            Image.fromarray(picture).save(temporary, 'PNG')
 
 
 def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -686,9 +687,7 @@ def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
     writer = csv.DictWriter(text, list(names), restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows(curve)
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(text.getvalue())
-    temporary.replace(path)
+    write_bytes(path, text.getvalue().encode())
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ nothing disturbed. ``docs/reliability.md`` has the table; ``tries`` says how oft
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -30,7 +32,7 @@ from conftest import draw_head, put
 from runs import SMALL, Cohort, contents, make_cohort, make_small_cohort
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from runs import Run
 
@@ -287,6 +289,97 @@ def test_no_rename_across_folders(pair, calm, tmp_path):
     log = tmp_path / 'renamed.txt'
     goes_on(pair, 'exdev', calm, before=((stay_in_folders, [str(log)]),))
     assert not log.exists()
+
+
+# --- what a power cut does ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut(tmp_path) -> Iterator[Callable[[], None]]:
+    """Mount an ext4 of its own, and return what cuts its power: all in memory is lost."""
+    image, folder = tmp_path / 'image', tmp_path / 'ext4'
+    folder.mkdir()
+    with image.open('wb') as stream:
+        stream.truncate(64 * 2**20)
+
+    def do(*command: str | Path) -> bool:
+        with suppress(FileNotFoundError):
+            return subprocess.run(command, capture_output=True).returncode == 0
+        return False
+
+    # Names go to the disk each second, contents when they must.
+    mount = ('mount', '-o', 'loop,commit=1,noauto_da_alloc', image, folder)
+    if not (do('mkfs.ext4', '-q', '-F', image) and do(*mount)):
+        pytest.skip('a file system of its own takes root, e2fsprogs and a loop device')
+
+    def power_off() -> None:
+        number = os.open(folder, os.O_RDONLY)
+        # EXT4_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH
+        fcntl.ioctl(number, 0x8004587D, struct.pack('I', 2))
+        os.close(number)
+        assert do('umount', '-l', folder)
+        assert do(*mount)
+
+    yield power_off
+    do('umount', '-l', folder)
+
+
+CUTS = 3
+
+
+@pytest.mark.tries(CUTS + 1)
+def test_a_power_cut(pair, calm, tmp_path, cut):
+    """In the middle of a run, and at its end: no name leads to a file that is empty or half."""
+    out = tmp_path / 'ext4' / 'out'
+    for number in range(CUTS):
+        run = pair.start('power', out=out)
+        while run.poll() is None and len(contents(out)) < (number + 1) * len(calm) // (CUTS + 1):
+            time.sleep(0.05)
+        time.sleep(1.1)  # the names are on the disk
+        cut()
+        run.kill_all()
+        run.wait()
+        check_visible(out, calm)
+    goes_on(pair, 'power', calm, out=out)
+    cut()
+    assert contents(out) == calm
+
+
+def note_disk(log: str) -> None:
+    """Note what is renamed, and what has to be on the disk before the program goes on."""
+    true = os.fsync
+
+    def fsync(number: int) -> None:
+        true(number)
+        _note('fsync', os.readlink(f'/proc/self/fd/{number}'))
+
+    def watch(event: str, given: tuple[Any, ...]) -> None:
+        if event == 'os.rename':
+            _note('rename', *map(os.path.abspath, given[:2]))
+
+    def _note(*words: str) -> None:
+        with open(log, 'a') as stream:
+            stream.write(json.dumps([os.getpid(), *words]) + '\n')
+
+    os.fsync = fsync
+    sys.addaudithook(watch)
+
+
+def test_the_disk_has_a_file_before_its_name(pair, calm, tmp_path):
+    """Where no file system can be cut off: content, then name, then folder, for every result."""
+    log = tmp_path / 'disk.txt'
+    goes_on(pair, 'ordered', calm, before=((note_disk, [str(log)]),))
+    out, placed = pair.out('ordered').resolve(), set()
+    steps: dict[int, list[list[str]]] = {}
+    for pid, *step in map(json.loads, log.read_text().splitlines()):
+        steps.setdefault(pid, []).append(step)
+    for done in steps.values():
+        for number, (what, *names) in enumerate(done):
+            if what == 'rename' and Path(names[1]).is_relative_to(out):
+                assert done[number - 1] == ['fsync', names[0]]
+                assert done[number + 1] == ['fsync', str(Path(names[1]).parent)]
+                placed.add(str(Path(names[1]).relative_to(out)))
+    assert placed >= calm.keys()
 
 
 # --- what a clock does --------------------------------------------------------------------------
