@@ -3,7 +3,8 @@
 # make lint    style, types and the direction of imports
 # make docs    the pages of docs/ as a site, into site/
 # make lock    the container's pins; needs uv, and TORCH_INDEX, PyTorch's index of CPU builds
-# All but the last install into their own virtual environment first.
+# make audit   known weaknesses of what is pinned; needs uv and a network
+# All but the last two install into their own virtual environment first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ PYTEST ?=
 SHELL := /bin/bash
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test lint docs lock clean
+.PHONY: demo test lint docs lock audit clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/jointseg-demo $(DEMO)
@@ -37,6 +38,12 @@ lock:
 	$(LOCK) $(CPU) <(echo torch) -o container/torch-cpu.lock
 	$(LOCK) $(CPU) pyproject.toml <(echo bids-validator-deno) --no-emit-package torch \
 	    -o container/requirements.lock
+
+# What cannot be looked up would be passed over, so --strict makes that an error; builds +cpu are
+# in no index of weaknesses, and bring nothing that the lock for CUDA does not have.
+audit:
+	uvx pip-audit --strict --progress-spinner off --disable-pip --require-hashes \
+	    -r container/requirements.lock -r container/torch-cuda.lock
 
 # The constraints pin torch and everything below it to the versions that were tested.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -16,11 +16,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import nibabel as nib
 import pytest
 from conftest import describe_dataset
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from bids_jointseg import __version__
 
@@ -62,8 +66,40 @@ def test_the_locks_are_the_tested_versions_with_hashes():
             # What torch brings along on a GPU is in the lock alone.
             if not name.startswith(('nvidia-', 'cuda-', 'triton')):
                 assert tested[name] == version.partition('+')[0], (lock.name, name)
-    assert pins(LOCKS['torch-cpu'])['torch'] == f'{tested["torch"]}+cpu'
+    cpu, cuda = pins(LOCKS['torch-cpu']), pins(LOCKS['torch-cuda'])
+    assert cpu['torch'] == f'{cuda["torch"]}+cpu'
+    # So whoever looks up the weaknesses of the one has seen those of the other.
+    assert cpu | {'torch': cuda['torch']} == {name: cuda[name] for name in cpu}
     assert 'torch' not in pins(LOCKS['requirements'])
+
+
+def test_the_locks_name_all_that_is_needed():
+    """By what the tested packages say of themselves; of a build for the CPU, torch needs less."""
+    target = default_environment() | {
+        'python_version': '3.11', 'python_full_version': '3.11.2', 'sys_platform': 'linux',
+        'platform_system': 'Linux', 'platform_machine': 'x86_64', 'extra': '',
+    }  # fmt: skip
+    build = 'torch-cpu' if '+cpu' in metadata.version('torch') else 'torch-cuda'
+    locked = pins(LOCKS['requirements']) | pins(LOCKS[build])
+    todo = {Requirement(f'{name}') for name in ('bids_jointseg', 'bids-validator-deno')}
+    seen: set[str] = set()
+    while todo:
+        needed = todo.pop()
+        name = canonicalize_name(needed.name)
+        if name != 'bids-jointseg':
+            assert needed.specifier.contains(locked[name], prereleases=True), needed
+        if str(needed) in seen:
+            continue
+        seen.add(str(needed))
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # of another platform, or another build of torch
+            continue
+        for extra in ('', *needed.extras):
+            for other in map(Requirement, lines):
+                if other.marker is None or other.marker.evaluate(target | {'extra': extra}):
+                    todo.add(other)
+    assert len({line.partition('[')[0] for line in seen}) > 40
 
 
 def test_the_dockerfile_is_clean():
