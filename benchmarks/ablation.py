@@ -61,6 +61,7 @@ def base(steps: int) -> Recipe:
         recipe,
         architecture={'name': 'unet', 'channels': CHANNELS},
         slice_mm=(1.0, 1.0),
+        fractions=(1.0, 0.0, 0.0),  # but for the people whom it lists
         training=recipe.training
         | TRAINING
         | {'steps': steps, 'validate_every': steps, 'consistency_from': max(1, steps // 3)},
