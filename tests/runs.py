@@ -239,8 +239,8 @@ def _start(arguments: list[str], logs: str, before: list[tuple[str, str, list[An
     pid = os.fork()
     if pid:
         return pid
-    code = 99
-    try:
+
+    def prepare() -> None:
         os.setsid()
         os.chdir(logs)
         for number, name in ((1, 'out.txt'), (2, 'err.txt')):
@@ -248,15 +248,23 @@ def _start(arguments: list[str], logs: str, before: list[tuple[str, str, list[An
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for module, function, given in before:
             getattr(import_module(module), function)(*given)
-        code = import_module('bids_jointseg.cli').main(arguments)
+
+    os._exit(outcome(arguments, prepare))
+
+
+def outcome(arguments: list[str], prepare: Callable[[], object]) -> int:
+    """Run the command in this process, and return its exit code; nothing is raised."""
+    try:
+        prepare()
+        return int(import_module('bids_jointseg.cli').main(arguments))
     except SystemExit as stop:
-        code = int(stop.code or 0)
+        return int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
+        return 99  # which the command never gives
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
 
 
 def _poll(pid: int) -> int | None:

@@ -20,20 +20,16 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import traceback
 from importlib import import_module
 from pathlib import Path
+
+from runs import IMPORTED, outcome
 
 SANDBOX = Path(os.environ.get('SANDBOX', '.'))
 ONLY_PARSED = bool(os.environ.get('ONLY_PARSED'))
 SCRIPTS = Path(sysconfig.get_path('scripts'))
 MODEL = SANDBOX / 'model' / 'tiny.json'
 DOOR = 'door'
-IMPORTED = (
-    'bids.layout', 'bids_jointseg.cli', 'bids_jointseg.citation', 'bids_jointseg.inference',
-    'bids_jointseg.longitudinal', 'bids_jointseg.workflows.participant', 'PIL.Image', 'SimpleITK',
-    'scipy.ndimage', 'torch',
-)  # fmt: skip
 
 
 def run(*command: str | Path, **environment: str) -> None:
@@ -107,25 +103,18 @@ def serve() -> None:
 
 def _answer(call: socket.socket) -> None:
     """Run one command, say its exit code, and end."""
-    code = 70
-    try:
-        text, outputs, _, _ = socket.recv_fds(call, 1 << 20, 2)
-        request = json.loads(text)
+    text, outputs, _, _ = socket.recv_fds(call, 1 << 20, 2)
+    request = json.loads(text)
+
+    def prepare() -> None:
         for number, output in enumerate(outputs, start=1):
             os.dup2(output, number)
         os.chdir(request['cwd'])
         os.environ.clear()
         os.environ.update(request['environment'])
-        code = import_module('bids_jointseg.cli').main(request['arguments'])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        call.sendall(str(int(code)).encode())
-        os._exit(0)
+
+    call.sendall(str(outcome(request['arguments'], prepare)).encode())
+    os._exit(0)
 
 
 def jointseg_train(arguments: list[str]) -> None:
