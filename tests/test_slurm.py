@@ -388,7 +388,10 @@ def test_array_jobs_share_one_folder_and_mend_what_is_missing(app, cluster, undi
     cluster.wait(lambda: cluster.ask(*state) == 'PENDING\n')
     cluster.ask('scontrol', 'update', f'JobId={numbers["1"]}', 'StartTime=now')
     assert first.wait(600) != 0
-    cluster.wait(lambda: not cluster.jobs(), 600)  # --wait does not count the second start
+    # --wait does not count the second start, and no answer of the queue is no end of a job.
+    said = tmp_path / 'array-1.txt'
+    cluster.wait(lambda: 'scans complete' in said.read_text(), 200)
+    cluster.wait(lambda: not cluster.jobs())
     assert contents(out, '02', '03') == only(undisturbed, '02', '03')
 
     assert subprocess.run(command, env=cluster.environment, timeout=600).returncode == 0
