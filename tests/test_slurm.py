@@ -386,7 +386,9 @@ def test_array_jobs_share_one_folder_and_mend_what_is_missing(app, cluster, undi
     cluster.ask('scontrol', 'requeue', numbers['1'])
     state = ('squeue', '-h', '-j', numbers['1'], '-o', '%T')
     cluster.wait(lambda: cluster.ask(*state) == 'PENDING\n')
-    cluster.ask('scontrol', 'update', f'JobId={numbers["1"]}', 'StartTime=now')
+    # A requeued job waits for two minutes, because a node that has just ended a job starts it
+    # again only in a later second.
+    cluster.ask('scontrol', 'update', f'JobId={numbers["1"]}', 'StartTime=now+5')
     assert first.wait(600) != 0
     # --wait does not count the second start, and no answer of the queue is no end of a job.
     said = tmp_path / 'array-1.txt'
