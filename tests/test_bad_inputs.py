@@ -283,14 +283,14 @@ SCAN = 'a.nii.gz'
 def test_scans_that_are_refused(tmp_path, kind, make, says):
     with tried(kind):
         path = make(tmp_path)
-        begun = time.process_time()
+        begun = time.monotonic()
         with pytest.raises(ImageError, match=says) as caught:
             image.load_scan(path)
         message = str(caught.value)
         assert message.startswith(f'{path}: ')
         assert '\n' not in message
         assert ': ' in message.removeprefix(f'{path}: ')  # what is wrong: what to do
-        assert time.process_time() - begun < 10
+        assert time.monotonic() - begun < 10
 
 
 @pytest.mark.skipif(ROOT, reason='root may read everything')

@@ -422,7 +422,7 @@ def test_no_job_outlives_its_head(app, cluster):
     code, said = run.end()
     assert code == 130
     assert 'interrupted; the same command goes on' in said
-    cluster.wait(lambda: not cluster.jobs())
+    cluster.wait(lambda: not cluster.jobs(), 20)
 
 
 def test_a_silent_controller_ends_the_run(app, cluster):
