@@ -120,6 +120,9 @@ class Settings:
         How often a scan ends within the window.
     contrast_spread
         How far the contrasts of painted scans stray: 0 is one scanner with one protocol.
+    contrast_steps
+        Iterations in which they spread from one scanner's to `contrast_spread`. Random weights
+        find small classes and lesions long before they would in all contrasts at once.
     modalities
         Sets of modalities and their weights, of those that a person has.
     """
@@ -137,6 +140,7 @@ class Settings:
     borrow_share: float = 0.4
     view_share: float = 0.15
     contrast_spread: float = 1.0
+    contrast_steps: int = 0
     modalities: tuple[tuple[tuple[str, ...], float], ...] = (
         (('T1w',), 0.35),
         (('FLAIR',), 0.2),
@@ -197,7 +201,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, number: int) -> Sample:
         """Return sample `number`."""
-        plan = self._plan(np.random.default_rng((self.seed, 0, number // self.batch)))
+        iteration = number // self.batch
+        plan = self._plan(np.random.default_rng((self.seed, 0, iteration)))
         rng = np.random.default_rng((self.seed, 1, number))
         generator = Generator().manual_seed(int(rng.integers(2**62)))
         person = plan.people[int(rng.integers(len(plan.people)))]
@@ -258,6 +263,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             jitter,
             rng,
             generator,
+            contrast_spread=s.contrast_spread * min(1, (iteration + 1) / max(1, s.contrast_steps)),
             intact=intact,
         )
 
@@ -326,6 +332,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         rng: np.random.Generator,
         generator: Generator,
         *,
+        contrast_spread: float = 1.0,
         intact: bool = False,
     ) -> Sample:
         """Return the images and the target of one window.
@@ -344,6 +351,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
             A patient's lesions, or None, and the affine change of them.
         rng, generator
             Sources of all draws.
+        contrast_spread
+            See :class:`Settings`.
         intact
             Nothing degrades a scan; what is painted is acquired as ever.
         """
@@ -367,7 +376,16 @@ class Windows(torch.utils.data.Dataset[Sample]):
                     lesion = torch.maximum(lesion, grown)
             sets = torch.where((lesion > 0.5) & (kinds == synth.WHITE), LESION, sets)
         images, seen = self._images(
-            person, modalities, kinds, points, lesion, dense, rng, generator, intact=intact
+            person,
+            modalities,
+            kinds,
+            points,
+            lesion,
+            dense,
+            rng,
+            generator,
+            contrast_spread=contrast_spread,
+            intact=intact,
         )
         target, valid = shares(sets, cohort, dense)
         return Sample(images, target, valid * seen, cohort.groups)
@@ -434,6 +452,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         rng: np.random.Generator,
         generator: Generator,
         *,
+        contrast_spread: float,
         intact: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Paint, or take from the scan, each modality of a window.
@@ -462,9 +481,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
                 # Of the scan after gamma, as a normal distribution has it, nearly.
                 level = (mean**drawn.gamma, std * drawn.gamma * mean ** (drawn.gamma - 1))
             else:
-                contrast = synth.draw_contrast(
-                    modality, rng, spread=self.settings.contrast_spread
-                )
+                contrast = synth.draw_contrast(modality, rng, spread=contrast_spread)
                 image = synth.paint(shown, lesion, contrast, generator, severity)
                 means = contrast.means
                 if scan is not None:
@@ -574,7 +591,7 @@ def paint_head(
     person, grid = painted_person(labels, protocol)
     source = Source('painted', painted=('T1w', 'FLAIR'), annotation='.', protocol=protocol)
     cohort = Cohort(source, (person,))
-    settings = Settings(strip_share=0.0, view_share=0.0, contrast_spread=contrast_spread)
+    settings = Settings(strip_share=0.0, view_share=0.0)
     windows = Windows([cohort], settings=settings, seed=seed, length=1)
     rng = np.random.default_rng((2019, seed))
     generator = Generator().manual_seed(int(rng.integers(2**62)))
@@ -582,7 +599,16 @@ def paint_head(
     points = whole(person)
     points = points[:, :, : points.shape[2] // slice_mm * slice_mm]
     sample = windows.compose(
-        person, cohort, source.painted, points, slice_mm, mask, np.eye(4), rng, generator
+        person,
+        cohort,
+        source.painted,
+        points,
+        slice_mm,
+        mask,
+        np.eye(4),
+        rng,
+        generator,
+        contrast_spread=contrast_spread,
     )
     images = {
         modality: (image[0] - image.min()).numpy() for modality, image in sample.images.items()

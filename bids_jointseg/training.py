@@ -883,7 +883,7 @@ def train_recipe(
             cohorts,
             heads=heads,
             masks=data.masks[part],
-            settings=samples,
+            settings=samples if part == 'train' else replace(samples, contrast_steps=0),
             slice_mm=recipe.slice_mm,
             seed=settings.seed + number,
             batch=batch,

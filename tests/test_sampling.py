@@ -641,3 +641,21 @@ def test_a_whole_painted_head_of_thick_slices(head):
     np.testing.assert_allclose(
         grid.affine @ [0, 0, 0, 1], (thin.affine @ [0, 0, 1.5, 1])
     )
+
+
+def test_contrasts_spread_step_by_step(tmp_path, monkeypatch):
+    """The first painted scans are of one scanner, the later ones of any, as without steps."""
+    person = read_person(write(tmp_path / 'a.npz', draw_sets()))
+    seen: list[float] = []
+    compose = Windows.compose
+
+    def look(*given, contrast_spread, **more):
+        seen.append(contrast_spread)
+        return compose(*given, contrast_spread=contrast_spread, **more)
+
+    monkeypatch.setattr(Windows, 'compose', look)
+    for steps, batch in ((0, 1), (4, 1), (4, 2)):
+        data = windows(person, settings=replace(BENT, contrast_steps=steps), batch=batch)
+        for number in (0, 1, 3, 9):
+            data[number]
+    assert seen == [1, 1, 1, 1, 0.25, 0.5, 1, 1, 0.25, 0.25, 0.5, 1]
