@@ -5,8 +5,8 @@
 Runs `jointseg`, with its default settings, on the recipe's test (or validation) people:
 
 - real skull-stripped T1w with tissue labels, rescans included: Dice, the difference between the
-  volumes of two scans of one person and whether the intervals hold it, and lesions found in
-  healthy people under 45;
+  volumes of two scans of one person and whether the intervals hold it, how well the manual
+  labels of the two agree, and lesions found in healthy people under 45;
 - painted whole heads with the lesions of unseen patients, and the same without their skull, as
   T1w and FLAIR, T1w alone and FLAIR alone: Dice, and what the skull costs;
 - for the test part, the one real lesion patient, in the same three ways, and the raw visits of
@@ -36,16 +36,17 @@ from typing import Any
 
 import numpy as np
 from patients import brain_of
+from scipy.linalg import sqrtm
 
 from bids_jointseg.bids import Annotated, annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.cli import main as jointseg
 from bids_jointseg.evaluation import evaluate
-from bids_jointseg.image import load_labels, load_scan, save
+from bids_jointseg.image import Volume, load_labels, load_scan, register, resample, save
 from bids_jointseg.interfaces import PaintHead
-from bids_jointseg.labels import PROTOCOLS, TISSUES
+from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
 from bids_jointseg.longitudinal import compare_volumes
-from bids_jointseg.metrics import summary
+from bids_jointseg.metrics import dice, summary
 from bids_jointseg.recipe import Source, read_recipe
 
 INPUTS = (('T1w', 'FLAIR'), ('T1w',), ('FLAIR',))
@@ -280,6 +281,35 @@ def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
     return [*lines, '', f'No change lies inside the interval for {held} of {told} volumes.']
 
 
+def manual_agreement(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
+    """Return person -> Dice between the manual labels of two scans: how far these can be trusted.
+
+    Each scan is taken half of the rigid way to the other, so both labels are interpolated alike.
+    """
+    scans = defaultdict(list)
+    for case in cases.values():
+        scans[case.person].append(case)
+    found = {}
+    for person, pair in scans.items():
+        if len(pair) != 2:
+            continue
+        fixed, moving = (load_scan(case.images['T1w']) for case in pair)
+        half = np.real(sqrtm(register(fixed, moving)))
+        there = []
+        for case, way in zip(pair, (np.linalg.inv(half), half), strict=True):
+            labels = load_labels(case.annotation)
+            sets = PROTOCOLS[case.protocol].encode(labels.data)
+            shares = [
+                resample(Volume((sets == bits({name})).astype(np.float32), labels.grid),
+                         fixed.grid, way)
+                for name in CLASSES
+            ]  # fmt: skip
+            there.append(INDICES[np.argmax(shares, axis=0)].astype(np.uint8))
+        scores = dice(*there)
+        found[person] = {name: scores[name] for name in TISSUES}
+    return found
+
+
 def false_lesions(cases: Mapping[str, Case], out: Path, data: Path) -> dict[str, float]:
     """Return the volume of lesions in mm3 that were found in each healthy young person's scan."""
     with (data / 'neuromorphometrics' / 'participants.tsv').open(newline='') as file:
@@ -361,6 +391,12 @@ def main() -> None:
         if found:
             lines += ['', *rescan_table(found)]
         record['rescans'] = found
+        manual = manual_agreement(sets[tissue])
+        if manual:
+            cells = (interval(person[name] for person in manual.values()) for name in TISSUES)
+            lines += ['', f'| manual labels of two scans, Dice | {" | ".join(TISSUES)} |']
+            lines += ['|---|' + '---:|' * 6, f'| n = {len(manual)} | {" | ".join(cells)} |']
+        record['manual_agreement'] = manual
         lesions = false_lesions(sets[tissue], out / tissue, data)
         record['false_lesions_mm3'] = lesions
         each = ', '.join(f'{value:.0f}' for value in sorted(lesions.values()))
