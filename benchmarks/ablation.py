@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from accuracy import INPUTS, Case, paint_heads, tissue_scans
+from accuracy import INPUTS, Case, paint_heads, tissue_scans, true_labels
 from numpy.typing import NDArray
 
 from bids_jointseg import cache, image
@@ -39,7 +39,7 @@ from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid
 from bids_jointseg.inference import predict
-from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
+from bids_jointseg.labels import CLASSES, PROTOCOLS, TISSUES, bits
 from bids_jointseg.metrics import dice
 from bids_jointseg.network import load_model
 from bids_jointseg.recipe import Recipe, Source, read_recipe
@@ -275,16 +275,6 @@ class Bench:
             of_kind = [means[f'{kind} {tissue}'] for tissue in TISSUES]
             means[f'{kind} tissue'] = round(float(np.mean(of_kind)), 2)
         return means
-
-
-def true_labels(case: Case) -> NDArray[np.uint8]:
-    """Return the reference in the package's numbers, 255 where nothing is known."""
-    labels = image.load_labels(case.annotation).data.astype(np.int64)
-    sets = PROTOCOLS[case.protocol].encode(labels)
-    truth = np.full(sets.shape, 255, np.uint8)
-    for index, name in zip(INDICES, CLASSES, strict=True):
-        truth[sets == bits({name})] = index
-    return truth
 
 
 def segment(

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from patients import brain_of
 from scipy.linalg import sqrtm
 
@@ -42,7 +43,15 @@ from bids_jointseg.bids import Annotated, annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.cli import main as jointseg
 from bids_jointseg.evaluation import evaluate
-from bids_jointseg.image import Volume, load_labels, load_scan, register, resample, save
+from bids_jointseg.image import (
+    Volume,
+    load_grid,
+    load_labels,
+    load_scan,
+    register,
+    resample,
+    save,
+)
 from bids_jointseg.interfaces import PaintHead
 from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
 from bids_jointseg.longitudinal import compare_volumes
@@ -281,6 +290,16 @@ def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
     return [*lines, '', f'No change lies inside the interval for {held} of {told} volumes.']
 
 
+def true_labels(case: Case) -> NDArray[np.uint8]:
+    """Return the reference in the package's numbers, 255 where nothing is known."""
+    labels = load_labels(case.annotation).data.astype(np.int64)
+    sets = PROTOCOLS[case.protocol].encode(labels)
+    truth = np.full(sets.shape, 255, np.uint8)
+    for index, name in zip(INDICES, CLASSES, strict=True):
+        truth[sets == bits({name})] = index
+    return truth
+
+
 def manual_agreement(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
     """Return person -> Dice between the manual labels of two scans: how far these can be trusted.
 
@@ -297,13 +316,11 @@ def manual_agreement(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
         half = np.real(sqrtm(register(fixed, moving)))
         there = []
         for case, way in zip(pair, (np.linalg.inv(half), half), strict=True):
-            labels = load_labels(case.annotation)
-            sets = PROTOCOLS[case.protocol].encode(labels.data)
+            truth, grid = true_labels(case), load_grid(case.annotation)
             shares = [
-                resample(Volume((sets == bits({name})).astype(np.float32), labels.grid),
-                         fixed.grid, way)
-                for name in CLASSES
-            ]  # fmt: skip
+                resample(Volume((truth == index).astype(np.float32), grid), fixed.grid, way)
+                for index in INDICES
+            ]
             there.append(INDICES[np.argmax(shares, axis=0)].astype(np.uint8))
         scores = dice(*there)
         found[person] = {name: scores[name] for name in TISSUES}
