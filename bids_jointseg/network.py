@@ -258,6 +258,35 @@ def build(architecture: Mapping[str, object], modalities: Sequence[str] = MODALI
     return cast(nn.Module, network.to(memory_format=torch.channels_last_3d))
 
 
+def begin_with(network: nn.Module, start: nn.Module) -> None:
+    """Give a network the weights of another one of its kind, which may have fewer channels.
+
+    A U-Net that is wider answers what the other one answers: its own further channels keep
+    their random weights, and none of the others listens to them yet (after Chen et al.,
+    Net2Net, ICLR 2016).
+
+    Raises
+    ------
+    ModelError
+        If the networks differ in more than that.
+    """
+    own, given = network.state_dict(), start.state_dict()
+    fits = own.keys() == given.keys() and all(
+        all(a >= b for a, b in zip(own[name].shape, given[name].shape, strict=True)) for name in own
+    )
+    equal = fits and all(own[name].shape == given[name].shape for name in own)
+    wider = isinstance(network, UNet) and isinstance(start, UNet)
+    if not (equal or (fits and wider)):
+        raise ModelError('not the same network, nor a narrower U-Net')
+    with torch.no_grad():
+        for name, weights in own.items():
+            old = given[name]
+            corner = tuple(slice(size) for size in old.shape)
+            if old.dim() > 1:
+                weights[: old.shape[0], old.shape[1] :] = 0
+            weights[corner] = old
+
+
 def load_model(card: ModelCard) -> nn.Module:
     """Return the network of a card with its weights, ready for inference.
 

@@ -38,13 +38,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bids_jointseg.cache import modalities_of, raw_images, read_mask, read_person
-from bids_jointseg.card import MODALITIES, ModelCard, read_card
+from bids_jointseg.card import MODALITIES, ModelCard, ModelError, read_card
 from bids_jointseg.files import replacing, write_bytes
 from bids_jointseg.image import train_landmarks
 from bids_jointseg.inference import choose_device, fast_type, probabilities
 from bids_jointseg.labels import CLASSES, LABELS, TISSUES, tells_tissue
 from bids_jointseg.losses import OVERLAPS, Total, alone, consistency_risk, supervised_risk
-from bids_jointseg.network import build, load_model, save_model
+from bids_jointseg.network import begin_with, build, load_model, save_model
 from bids_jointseg.recipe import Recipe, RecipeError, read_recipe, tuples
 from bids_jointseg.sampling import Cohort, Sample, Windows, collate, subsets
 from bids_jointseg.sampling import Settings as SampleSettings
@@ -100,7 +100,8 @@ class Settings:
     seed
         Of weights and samples.
     init
-        Name or card of a model to start from, or '' to start from random weights.
+        Name or card of a model to start from, or '' to start from random weights. A U-Net may
+        have more channels than that model.
     """
 
     architecture: dict[str, Any]
@@ -369,11 +370,11 @@ def _begin(settings: Settings, device: str) -> _State:
     if settings.init:
         start = load_model(read_card(settings.init))
         try:
-            network.load_state_dict(start.state_dict())
-        except RuntimeError as error:
+            begin_with(network, start)
+        except ModelError as error:
             raise RecipeError(
-                f'init = {settings.init!r}: not the same network: give the architecture and the '
-                'modalities of its card'
+                f'init = {settings.init!r}: {error}: give the architecture and the modalities of '
+                'its card, or a U-Net with more channels'
             ) from error
     network = network.to(device)
     average = deepcopy(network).requires_grad_(False)

@@ -14,6 +14,7 @@ from bids_jointseg.network import (
     HighResNet,
     InstanceNorm,
     UNet,
+    begin_with,
     build,
     load_model,
     save_model,
@@ -55,6 +56,26 @@ def test_the_mean_of_a_modality_with_itself_is_that_modality(network):
     x = images(12, 16, 8)['T1w']
     with torch.inference_mode():
         assert torch.allclose(network({'T1w': x, 'FLAIR': x}), network({'T1w': x}), atol=1e-5)
+
+
+def test_a_wider_u_net_begins_with_the_answers_of_a_narrower_one():
+    torch.manual_seed(0)
+    narrow, wide = (build({'name': 'unet', 'channels': c}).eval() for c in ([4, 8, 8], [6, 12, 8]))
+    both = images(12, 16, 8)
+    with torch.inference_mode():
+        assert not torch.allclose(wide(both), narrow(both), atol=1e-2)
+        begin_with(wide, narrow)
+        assert torch.allclose(wide(both), narrow(both), atol=1e-4)
+    # What is new is alive: it gets a gradient from the first or, behind a zero, the second step.
+    wide.train()(both).square().mean().backward()
+    assert wide.head.weight.grad[:, 4:].abs().min() > 0
+
+
+@pytest.mark.parametrize('architecture', [*SMALL.values(), {'name': 'unet', 'channels': [4, 8]}])
+def test_no_network_begins_with_another_one(architecture):
+    wide = {'name': 'highresnet', 'channels': [4, 8, 8], 'blocks': 1}
+    with pytest.raises(ModelError, match='nor a narrower U-Net'):
+        begin_with(build(wide), build(architecture))
 
 
 def test_the_papers_network_layer_by_layer():
