@@ -271,12 +271,13 @@ def begin_with(network: nn.Module, start: nn.Module) -> None:
         If the networks differ in more than that.
     """
     own, given = network.state_dict(), start.state_dict()
-    fits = own.keys() == given.keys() and all(
-        all(a >= b for a, b in zip(own[name].shape, given[name].shape, strict=True)) for name in own
+    same = own.keys() == given.keys()
+    shapes = [(own[name].shape, given[name].shape) for name in own] if same else []
+    equal = same and all(a == b for a, b in shapes)
+    wider = isinstance(network, UNet) and all(
+        m >= n for a, b in shapes for m, n in zip(a, b, strict=True)
     )
-    equal = fits and all(own[name].shape == given[name].shape for name in own)
-    wider = isinstance(network, UNet) and isinstance(start, UNet)
-    if not (equal or (fits and wider)):
+    if not (equal or (same and wider)):
         raise ModelError('not the same network, nor a narrower U-Net')
     with torch.no_grad():
         for name, weights in own.items():
