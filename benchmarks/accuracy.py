@@ -7,6 +7,7 @@ Runs `jointseg`, with its default settings, on the recipe's test (or validation)
 - real skull-stripped T1w with tissue labels, rescans included: Dice, the difference between the
   volumes of two scans of one person and whether the intervals hold it, how well the manual
   labels of the two agree, and lesions found in healthy people under 45;
+- the same T1w in slices of 3 mm, the paper's grid: Dice;
 - painted whole heads with the lesions of unseen patients, and the same without their skull, as
   T1w and FLAIR, T1w alone and FLAIR alone: Dice, and what the skull costs;
 - for the test part, the one real lesion patient, in the same three ways, and the raw visits of
@@ -48,6 +49,7 @@ from bids_jointseg.image import (
     load_grid,
     load_labels,
     load_scan,
+    model_grid,
     register,
     resample,
     save,
@@ -103,16 +105,18 @@ def paint_heads(
     masks = [path for path in masks if not list(path.parent.glob('*FLAIR*'))]
     made = {}
     for number, item in enumerate(annotated(heads, data, part)):
-        paint = PaintHead(
-            annotation=str(item.annotation),
-            protocol=heads.protocol,
-            masks=[str(path) for path in masks],
-            seed=number,
-            stem=str(folder / f'sub-{item.subject}'),
-        )
-        outputs = paint.run().outputs
-        images = {'T1w': Path(outputs.t1w), 'FLAIR': Path(outputs.flair)}
-        made[item.subject] = Case(item.subject, images, Path(outputs.labels), 'jointseg')
+        stem = folder / f'sub-{item.subject}'
+        images = {name: Path(f'{stem}_{name}.nii.gz') for name in ('T1w', 'FLAIR')}
+        labels = Path(f'{stem}_desc-painted_dseg.nii.gz')
+        if not labels.is_file():  # the last that is written
+            PaintHead(
+                annotation=str(item.annotation),
+                protocol=heads.protocol,
+                masks=[str(path) for path in masks],
+                seed=number,
+                stem=str(stem),
+            ).run()
+        made[item.subject] = Case(item.subject, images, labels, 'jointseg')
     return made
 
 
@@ -130,6 +134,28 @@ def strip(cases: Mapping[str, Case], folder: Path) -> dict[str, Case]:
             save(images[name], np.where(brain, scan.data, 0), scan.grid, dtype=np.float32)
         stripped[subject] = replace(case, images=images)
     return stripped
+
+
+def in_slices(cases: Mapping[str, Case], folder: Path, slice_mm: float) -> dict[str, Case]:
+    """Bring scans and their references onto slices of that distance: at 3 mm, the paper's grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    thick = {}
+    for subject, case in cases.items():
+        grid = None
+        images = {}
+        for name, path in case.images.items():
+            scan = load_scan(path)
+            grid = grid or model_grid(scan, in_plane_mm=1.0, slice_mm=(slice_mm, slice_mm))
+            images[name] = folder / f'sub-{subject}_{name}.nii.gz'
+            save(images[name], resample(scan, grid), grid, dtype=np.float32)
+        truth, fine = true_labels(case), load_grid(case.annotation)
+        known = [*INDICES, 255]
+        shares = [resample(Volume((truth == i).astype(np.float32), fine), grid) for i in known]
+        labels = np.array(known, np.uint8)[np.argmax(shares, axis=0)]
+        annotation = folder / f'sub-{subject}_dseg.nii.gz'
+        save(annotation, labels, grid, dtype=np.uint8)
+        thick[subject] = Case(case.person, images, annotation, 'jointseg')
+    return thick
 
 
 def real_patient(source: Source, data: Path) -> dict[str, Case]:
@@ -368,7 +394,8 @@ def main() -> None:
 
     tissue = 'neuromorphometrics_T1w'
     ways = ['_'.join(inputs) for inputs in INPUTS]
-    known = [tissue, *(f'{name}_{way}' for name in ('heads', 'stripped') for way in ways)]
+    thick = f'{tissue}_3mm'
+    known = [tissue, thick, *(f'{name}_{way}' for name in ('heads', 'stripped') for way in ways)]
     if part == 'test':
         known += [*(f'patient_{way}' for way in ways), 'openms']
     wanted = arguments.sets or known
@@ -381,7 +408,11 @@ def main() -> None:
         several = {'heads': heads, 'stripped': strip(heads, out / 'stripped')}
     if part == 'test':
         several['patient'] = real_patient(patients, data)
-    sets = {tissue: tissue_scans(sources['neuromorphometrics'], data, part)} | {
+    scans = tissue_scans(sources['neuromorphometrics'], data, part)
+    sets = {tissue: scans}
+    if thick in wanted:
+        sets[thick] = in_slices(scans, out / 'slices', 3.0)
+    sets |= {
         f'{name}_{way}': {
             subject: replace(case, images={key: case.images[key] for key in inputs})
             for subject, case in cases.items()

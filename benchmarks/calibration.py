@@ -8,10 +8,11 @@ On the recipe's validation people, never on its test people:
   painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
   calibration error before and after: of the label of each voxel within the brain, and of lesions
   within 8 mm of true ones;
-- the repeatability: every scan is "acquired" again (another position, coil, contrast, calibration
-  and noise), and half of a volume's 95 % interval is `k` times the volume that the probabilities
-  leave in doubt: `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans of one person, with
-  Student's t for n degrees of freedom, since they are few.
+- the repeatability: every scan, and the T1w of every raw visit of `openms`, which nobody labelled,
+  is "acquired" again (another position, coil, contrast, calibration and noise), and half of a
+  volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
+  `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans, with Student's t for n degrees
+  of freedom, since they are few.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -35,6 +36,7 @@ from scipy.stats import t
 
 from bids_jointseg import image
 from bids_jointseg.augment import smooth_field
+from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.inference import combine, predict
@@ -75,13 +77,17 @@ def scanned_again(scan: Volume, seed: int) -> Volume:
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
 
 
-def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
-    """Segment one scan as the app does, at temperature 1, and compare it with its reference."""
-    model, name, case, modalities, seed = job
+def measure(job: tuple[str, str, dict[str, Path], Case | None, int]) -> dict[str, Any]:
+    """Segment one scan as the app does, at temperature 1, and compare it with its reference.
+
+    A `seed` above 0 acquires it again.
+    """
+    model, name, paths, case, seed = job
     torch.set_num_threads(1)
     card = read_card(model)
     network = load_model(card)
-    scans = {name: image.load_scan(case.images[name]) for name in modalities}
+    modalities = tuple(paths)
+    scans = {modality: image.load_scan(path) for modality, path in paths.items()}
     if seed:
         scans = {name: scanned_again(scan, seed) for name, scan in scans.items()}
     reference = next(iter(scans.values()))
@@ -92,11 +98,11 @@ def measure(job: tuple[str, str, Case, tuple[str, ...], int]) -> dict[str, Any]:
     joint = image.joint_probabilities(
         {modalities[0]: (found, grid)}, reference.grid, {modalities[0]: np.eye(4)}
     )
-    result: dict[str, Any] = {'scan': name, 'person': case.person, 'modalities': modalities}
+    result: dict[str, Any] = {'scan': name, 'modalities': modalities}
     labels = image.label_map(joint)
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
     result['volumes']['brain'] = sum(result['volumes'].values())
-    truth = None if seed else _truth(case, reference.grid)
+    truth = _truth(case, reference.grid) if case else None
     result['doubt'], result['bins'], likelihood = {}, [], []
     open_ = joint[0] < 0.99999  # the air around adds nothing at any temperature
     flat, labels = np.log(np.maximum(joint[:, open_], 1e-7)), labels[open_]
@@ -170,17 +176,18 @@ def main() -> None:
     card = read_card(options.model)
     sources = {source.name: source for source in read_recipe('jointseg').datasets}
     cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
-    jobs = [
-        (options.model, name, case, ('T1w',), seed)
-        for name, case in cases.items()
-        for seed in (0, 1)
-    ]
     heads = paint_heads(
         sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
     )
+    jobs: list[tuple[str, str, dict[str, Path], Case | None, int]] = []
+    for name, case in (cases | heads).items():
+        jobs += [(options.model, name, case.images, case, 0)]
+        jobs += [(options.model, name, case.images, None, 1)]
     for name, case in heads.items():
-        jobs += [(options.model, name, case, ('T1w', 'FLAIR'), seed) for seed in (0, 1)]
-        jobs.append((options.model, name, case, ('FLAIR',), 0))
+        jobs.append((options.model, name, {'FLAIR': case.images['FLAIR']}, case, 0))
+    for item in annotated_scans(sources['openms'], options.data / sources['openms'].root):
+        paths = {'T1w': item.scan.t1w}
+        jobs += [(options.model, item.name, paths, None, seed) for seed in (0, 1)]
     with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
         results = list(pool.map(measure, jobs))
 

@@ -235,14 +235,26 @@ def forward(
     return found | {'multiply_adds': count}
 
 
-def peak(threads: int) -> dict[str, float]:
-    """Return the most multiply-adds per second that PyTorch reaches here."""
+def number_type(*, ours: bool) -> str:
+    """Return the type that a network computes in: ours in the machine's fast one."""
+    import torch
+
+    from bids_jointseg.inference import fast_type
+
+    fast = fast_type(torch.device('cpu')) if ours else None
+    return str(fast or torch.float32).removeprefix('torch.')
+
+
+def peak(threads: int, numbers: str) -> dict[str, float]:
+    """Return the most multiply-adds per second that PyTorch reaches here in a type of number."""
     import torch
 
     torch.set_num_threads(threads)
-    a = torch.randn(2048, 2048)
-    x = torch.randn(1, 64, 48, 48, 48).to(memory_format=torch.channels_last_3d)
-    w = torch.randn(64, 64, 3, 3, 3).to(memory_format=torch.channels_last_3d)
+    kind = getattr(torch, numbers)
+    last = torch.channels_last_3d
+    a = torch.randn(2048, 2048, dtype=kind)
+    x = torch.randn(1, 64, 48, 48, 48, dtype=kind).to(memory_format=last)
+    w = torch.randn(64, 64, 3, 3, 3, dtype=kind).to(memory_format=last)
     with torch.inference_mode():
         jobs = (
             (2048**3, lambda: a @ a),
@@ -268,7 +280,11 @@ def forward_table(arguments: argparse.Namespace) -> None:
     options = {
         'shape': arguments.shape, 'threads': arguments.threads, 'monai': arguments.monai,
     }  # fmt: skip
-    top = case('peak', threads=arguments.threads)
+    kinds = {which: number_type(ours=which in ('jointseg', 'highresnet')) for which in names}
+    top = {
+        numbers: case('peak', threads=arguments.threads, numbers=numbers)
+        for numbers in sorted(set(kinds.values()))
+    }
     rows = []
     for which, name in names.items():
         repeats = arguments.repeats if which == 'jointseg' else 1
@@ -277,11 +293,12 @@ def forward_table(arguments: argparse.Namespace) -> None:
         rows.append(
             {
                 'network': name,
+                'numbers': kinds[which],
                 'wall_s': found['wall_s'],
                 'cpu_s': found['cpu_s'],
                 'peak_gb': found['peak_gb'],
                 'giga_multiply_adds': found['multiply_adds'] / 1e9,
-                'share_of_peak': rate / top['per_cpu_s'],
+                'share_of_peak': rate / top[kinds[which]]['per_cpu_s'],
             }
         )
     for row in rows:
