@@ -20,12 +20,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import draw_head
 from runs import contents, make_small_cohort
 
 NAMES_THE_INPUT = {'dataset_description.json', 'sub-1.html', 'sub-2.html'}
-TOLERANCE = 1e-3
-"""Of a probability, between numbers of threads: far below the 1/255 in which it is written."""
+TOLERANCES = {None: 1e-3, torch.bfloat16: 0.04}
+"""Of a probability, between numbers of threads: in float32 far below the 1/255 in which it is
+written, ten times that where the processor has bfloat16 (measured: 0.022)."""
 
 
 @pytest.fixture(scope='module')
@@ -128,9 +130,10 @@ def test_headers_carry_no_time_and_no_name(first):
 def test_the_number_of_threads_changes_nothing_that_is_seen(threads):
     """The released network on a drawn head: probabilities within the tolerance, labels alike."""
     from bids_jointseg.card import read_card
-    from bids_jointseg.inference import combine, predict
+    from bids_jointseg.inference import combine, fast_type, predict
     from bids_jointseg.network import load_model
 
+    tolerance = TOLERANCES[fast_type(torch.device('cpu'))]
     network = load_model(read_card())
     shape = {'shape': (48, 56, 48), 'spacing_mm': (4.0, 4.0, 4.0)}
     images = {}
@@ -142,12 +145,13 @@ def test_the_number_of_threads_changes_nothing_that_is_seen(threads):
         members = predict(network, images, device='cpu', threads=number)
         answers[number] = combine(members, 1.0)
     difference = np.abs(answers[1] - answers[threads])
-    assert difference.max() < TOLERANCE
+    assert difference.max() < tolerance
     best = np.sort(answers[1], axis=0)
-    clear = best[-1] - best[-2] > 2 * TOLERANCE
+    clear = best[-1] - best[-2] > 2 * tolerance
     same = answers[1].argmax(0) == answers[threads].argmax(0)
     assert same[clear].all()
-    assert clear.mean() > 0.99
+    assert clear.mean() > 0.98
+    assert same.mean() > 0.999
 
 
 def test_a_run_with_more_threads(cohort, first):
