@@ -90,6 +90,12 @@ def draw_geometry(
     return Geometry(mirror @ rotation @ scale @ shear @ permute @ spread, centre, shape, bend)
 
 
+def coarser(geometry: Geometry, factor: float, *, slices: bool) -> Geometry:
+    """Return a geometry whose voxels lie `factor` times as far apart, between `slices` or not."""
+    spread = np.diag([factor, factor, factor if slices else 1.0])
+    return replace(geometry, matrix=geometry.matrix @ spread)
+
+
 def coordinates(geometry: Geometry, generator: Generator) -> Tensor:
     """Return the source voxel of each window voxel, `(X, Y, Z, 3)`."""
     axes = [torch.arange(size, dtype=torch.float32) - (size - 1) / 2 for size in geometry.shape]

@@ -121,8 +121,11 @@ class Settings:
     contrast_spread
         How far the contrasts of painted scans stray: 0 is one scanner with one protocol.
     contrast_steps
-        Iterations in which they spread from one scanner's to `contrast_spread`. Random weights
-        find small classes and lesions long before they would in all contrasts at once.
+        Iterations in which they spread from one scanner's to `contrast_spread`.
+    coarse_steps, coarse_window
+        Iterations, the first, with voxels twice as large in windows of so many of them, never of
+        thick slices: random weights learn there what a head looks like, in a fraction of the
+        time.
     modalities
         Sets of modalities and their weights, of those that a person has.
     """
@@ -141,6 +144,8 @@ class Settings:
     view_share: float = 0.15
     contrast_spread: float = 1.0
     contrast_steps: int = 0
+    coarse_steps: int = 0
+    coarse_window: tuple[int, int, int] = (64, 72, 40)
     modalities: tuple[tuple[tuple[str, ...], float], ...] = (
         (('T1w',), 0.35),
         (('FLAIR',), 0.2),
@@ -202,7 +207,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         """Return sample `number`."""
         iteration = number // self.batch
-        plan = self._plan(np.random.default_rng((self.seed, 0, iteration)))
+        coarse = self.settings.augment and iteration < self.settings.coarse_steps
+        plan = self._plan(np.random.default_rng((self.seed, 0, iteration)), coarse=coarse)
         rng = np.random.default_rng((self.seed, 1, number))
         generator = Generator().manual_seed(int(rng.integers(2**62)))
         person = plan.people[int(rng.integers(len(plan.people)))]
@@ -246,6 +252,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
             geometry = augment.within_slices(
                 augment.draw_geometry(rng, fine, 'axial', centre, 1.0, upright=intact)
             )
+        if coarse:
+            geometry = augment.coarser(geometry, 2, slices=person.isotropic)
         points = augment.coordinates(geometry, generator)
         if not person.isotropic:
             # A bend stays within the slices, too: none is left out, and none is there twice.
@@ -267,7 +275,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             intact=intact,
         )
 
-    def _plan(self, rng: np.random.Generator) -> _Plan:
+    def _plan(self, rng: np.random.Generator, *, coarse: bool) -> _Plan:
         s = self.settings
         weights = np.array([cohort.weight for cohort in self.cohorts])
         cohort = self.cohorts[int(rng.choice(len(self.cohorts), p=weights / weights.sum()))]
@@ -283,6 +291,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
             # Its tissue is learned from the agreement between all of them and some.
             names = tuple(sorted(available))
         people = tuple(p for p in cohort.people if {*p.images, *painted}.issuperset(names))
+        if coarse:
+            return _Plan(cohort, people, names, 1, s.coarse_window)
         lowest, highest = (max(1, round(mm)) for mm in self.slice_mm)
         thin = highest < 2 or (lowest < 2 and rng.random() < s.thin_share)
         if thin:

@@ -878,13 +878,22 @@ def train_recipe(
         for person in cohort.people
     ]
 
+    told = {cohort.source.stream for cohort in data.cohorts['train']}
+
     def windows(part: str, stream: str, number: int, length: int, batch: int) -> Windows:
         cohorts = [c for c in data.cohorts[part] if c.source.stream == stream]
+        # Validation, and what comes late, is never as easy as the beginning.
+        late = part != 'train' or stream == 'unlabelled'
+        every = settings.lesions_every if stream == 'lesions' and 'tissue' in told else 1
+        first = {
+            name: 0 if late else getattr(samples, name) // every
+            for name in ('contrast_steps', 'coarse_steps')
+        }
         return Windows(
             cohorts,
             heads=heads,
             masks=data.masks[part],
-            settings=samples if part == 'train' else replace(samples, contrast_steps=0),
+            settings=replace(samples, **first),
             slice_mm=recipe.slice_mm,
             seed=settings.seed + number,
             batch=batch,

@@ -659,3 +659,26 @@ def test_contrasts_spread_step_by_step(tmp_path, monkeypatch):
         for number in (0, 1, 3, 9):
             data[number]
     assert seen == [1, 1, 1, 1, 0.25, 0.5, 1, 1, 0.25, 0.25, 0.5, 1]
+
+
+def test_the_first_samples_are_coarse(tmp_path, monkeypatch):
+    """Voxels lie twice as far apart for some iterations, then as they would without."""
+    person = read_person(write(tmp_path / 'a.npz', draw_sets()))
+    steps: list[float] = []
+    compose = Windows.compose
+
+    def look(self, person, cohort, modalities, points, *given, **more):
+        steps.append(float((points[1:] - points[:-1]).norm(dim=-1).mean()))
+        return compose(self, person, cohort, modalities, points, *given, **more)
+
+    monkeypatch.setattr(Windows, 'compose', look)
+    plain = windows(person, settings=BENT, slice_mm=(1.0, 1.0))
+    settings = replace(BENT, coarse_steps=2, coarse_window=(24, 16, 8))
+    coarse = windows(person, settings=settings, slice_mm=(1.0, 1.0))
+    for number in range(4):
+        fine, sample = plain[number], coarse[number]
+        if number < 2:
+            assert sample.target.shape[1:] == (24, 16, 8)
+            assert steps[-1] == pytest.approx(2 * steps[-2], rel=0.15)  # each is bent otherwise
+        else:
+            assert torch.equal(sample.target, fine.target)
