@@ -145,7 +145,7 @@ class Settings:
     contrast_spread: float = 1.0
     contrast_steps: int = 0
     coarse_steps: int = 0
-    coarse_window: tuple[int, int, int] = (64, 72, 40)
+    coarse_window: tuple[int, int, int] = (64, 80, 40)
     modalities: tuple[tuple[tuple[str, ...], float], ...] = (
         (('T1w',), 0.35),
         (('FLAIR',), 0.2),
