@@ -1,0 +1,83 @@
+"""What the comparison of sessions makes of patients in whom nothing has changed.
+
+    python benchmarks/noise.py DATA OUT [--model NAME_OR_CARD]
+
+Every raw visit of `openms` is "scanned again" (`scanned_again` of calibration.py: position, coil,
+contrast, calibration and noise, another one for each scan), and the app compares the two as sessions
+of one person. Prints and writes OUT/noise.md: lesions by what is said to have become of
+them, and volumes that are said to have changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from accuracy import run
+from calibration import scanned_again
+
+from bids_jointseg.bids import annotated_scans
+from bids_jointseg.image import load_scan, save
+from bids_jointseg.recipe import read_recipe
+
+
+def write_sessions(data: Path, folder: Path) -> None:
+    """Make a dataset in which each visit is a person with two sessions."""
+    (source,) = (s for s in read_recipe('jointseg').datasets if s.name == 'openms')
+    for number, item in enumerate(annotated_scans(source, data / source.root)):
+        label = item.name.replace('sub-', '').replace('_ses-', 'v')
+        for seed, (suffix, path) in enumerate(
+            {'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}.items(), start=2 * number + 1
+        ):
+            person = folder / f'sub-{label}'
+            first, second = (
+                person / f'ses-{n}' / 'anat' / f'sub-{label}_ses-{n}_{suffix}.nii.gz' for n in '12'
+            )
+            for target in (first, second):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            if not first.is_symlink():
+                first.symlink_to(path.resolve())
+            if not second.is_file():
+                again = scanned_again(load_scan(path), seed)
+                save(second, again.data, again.grid, dtype=np.float32)
+    record = {'Name': 'scanned again', 'BIDSVersion': '1.10.0'}
+    (folder / 'dataset_description.json').write_text(json.dumps(record))
+
+
+def rows(out: Path, name: str) -> list[dict[str, str]]:
+    """Return the lines of all tables of a name."""
+    found = []
+    for path in sorted(out.glob(f'sub-*/**/*_desc-{name}_morph.tsv')):
+        with path.open(newline='') as file:
+            found += list(csv.DictReader(file, delimiter='\t'))
+    return found
+
+
+def main() -> None:
+    """Scan again, compare, count."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('data', type=Path)
+    parser.add_argument('out', type=Path)
+    parser.add_argument('--model', default='jointseg')
+    options = parser.parse_args()
+    out = options.out.resolve()
+    write_sessions(options.data.resolve(), out / 'bids')
+    run(out / 'bids', out / 'results', options.model, '--level', 'full')
+    lesions = Counter(row['change'] for row in rows(out / 'results', 'lesionchange'))
+    volumes = rows(out / 'results', 'longitudinal')
+    changed = Counter(row['changed'] for row in volumes)
+    names = Counter(row['name'] for row in volumes if row['changed'] == 'yes')
+    text = f'{sum(lesions.values())} lesions: '
+    text += ', '.join(f'{count} {kind}' for kind, count in lesions.most_common())
+    text += f'\n{changed["yes"]} of {changed["yes"] + changed["no"]} volumes changed'
+    text += f' ({", ".join(f"{n} {name}" for name, n in names.items())})\n' if names else '\n'
+    print(text, end='')
+    (out / 'noise.md').write_text(text)
+
+
+if __name__ == '__main__':
+    main()
