@@ -3,8 +3,8 @@
     python benchmarks/noise.py DATA OUT [--model NAME_OR_CARD]
 
 Every raw visit of `openms` is "scanned again" (`scanned_again` of calibration.py: position, coil,
-contrast, calibration and noise, another one for each scan), and the app compares the two as sessions
-of one person. Prints and writes OUT/noise.md: lesions by what is said to have become of
+contrast, calibration and noise, other ones for each scan), and the app compares the two as
+sessions of one person. Prints and writes OUT/noise.md: lesions by what is said to have become of
 them, and volumes that are said to have changed.
 """
 
