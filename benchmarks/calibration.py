@@ -8,11 +8,11 @@ On the recipe's validation people, never on its test people:
   painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
   calibration error before and after: of the label of each voxel within the brain, and of lesions
   within 8 mm of true ones;
-- the repeatability: every scan, and the T1w of every raw visit of `openms`, which nobody labelled,
-  is "acquired" again (another position, coil, contrast, calibration and noise), and half of a
-  volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
-  `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans, with Student's t for n degrees
-  of freedom, since they are few.
+- the repeatability: every scan, and each of the raw, thick-sliced ones of `openms`, which nobody
+  labelled, is "acquired" again (another position, coil, contrast, calibration and noise), and half
+  of a volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
+  `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans that show any of it, with
+  Student's t for n degrees of freedom, since they are few.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -186,8 +186,9 @@ def main() -> None:
     for name, case in heads.items():
         jobs.append((options.model, name, {'FLAIR': case.images['FLAIR']}, case, 0))
     for item in annotated_scans(sources['openms'], options.data / sources['openms'].root):
-        paths = {'T1w': item.scan.t1w}
-        jobs += [(options.model, item.name, paths, None, seed) for seed in (0, 1)]
+        for modality, path in {'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}.items():
+            paths = {modality: path}
+            jobs += [(options.model, item.name, paths, None, seed) for seed in (0, 1)]
     with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
         results = list(pool.map(measure, jobs))
 
@@ -201,8 +202,9 @@ def main() -> None:
         if (a['scan'], a['modalities']) == (b['scan'], b['modalities']):
             for name in NAMES:
                 doubt = np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (a, b)))
-                if doubt > 0:
-                    ratios[name].append((a['volumes'][name] - b['volumes'][name]) / doubt)
+                before, after = (r['volumes'][name] for r in (a, b))
+                if before + after > 0:
+                    ratios[name].append((before - after) / doubt)
     repeatability = {
         name: round(float(t.ppf(0.975, len(values)) * np.sqrt(np.mean(np.square(values)))), 4)
         for name, values in ratios.items()
