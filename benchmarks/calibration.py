@@ -1,6 +1,6 @@
 """How far the probabilities of a model are to be trusted, and how far its volumes.
 
-    python benchmarks/calibration.py DATA OUT [--model NAME_OR_CARD] [--write]
+    python benchmarks/calibration.py DATA OUT [--model NAME_OR_CARD] [--recipe NAME] [--write]
 
 On the recipe's validation people, never on its test people:
 
@@ -170,12 +170,15 @@ def main() -> None:
     parser.add_argument('data', type=Path)
     parser.add_argument('out', type=Path)
     parser.add_argument('--model', default='jointseg')
+    parser.add_argument('--recipe', default='jointseg', help='whose data may be looked at')
     parser.add_argument('--nprocs', type=int, default=2)
     parser.add_argument('--write', action='store_true', help='into the card')
     options = parser.parse_args()
     card = read_card(options.model)
-    sources = {source.name: source for source in read_recipe('jointseg').datasets}
-    cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
+    sources = {source.name: source for source in read_recipe(options.recipe).datasets}
+    cases: dict[str, Case] = {}
+    if 'neuromorphometrics' in sources:
+        cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
     heads = paint_heads(
         sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
     )
