@@ -638,6 +638,35 @@ def test_a_recipe_is_trained_from_its_cache(tmp_path, caplog):
     assert probabilities(net, image).shape == (1, len(CLASSES), 8, 8, 4)
 
 
+def test_only_what_is_learned_first_is_easy(tmp_path, monkeypatch):
+    """Iterations are counted where a stream has a batch; late streams and validation are hard."""
+    controls = Source('c', modalities=('T1w',), annotation='.', protocol='neuromorphometrics')
+    shared = {
+        **SHARED, 'samples': {'contrast_steps': 8, 'coarse_steps': 4},
+        'training': {**SHARED['training'], 'lesions_every': 2},
+    }  # fmt: skip
+    recipe = Recipe(datasets=(PEOPLE, STREET, controls), **shared)
+    files = [cache(tmp_path, PEOPLE, name, 100, 'T1w', 'FLAIR') for name in ('01', '02')]
+    files += [cache(tmp_path, STREET, '01', 80, 'T1w', 'FLAIR')]
+    files += [cache(tmp_path, controls, f'1{n}', 80, 'T1w') for n in range(4)]
+    made: dict[tuple[str, int], tuple[int, int]] = {}
+
+    class Spy(training.Windows):
+        def __init__(self, cohorts, *, settings, **more) -> None:
+            super().__init__(cohorts, settings=settings, **more)
+            (stream,) = {cohort.source.stream for cohort in self.cohorts}
+            made[stream, more['seed'] - 1] = settings.contrast_steps, settings.coarse_steps
+
+    monkeypatch.setattr(training, 'Windows', Spy)
+    monkeypatch.setattr(training, 'run', lambda *given, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training.train_recipe(recipe, cache=files, masks={}, folder=tmp_path / 'out', workers=0)
+    assert made == {
+        ('tissue', 1): (8, 4), ('lesions', 2): (4, 2), ('unlabelled', 3): (0, 0),
+        ('tissue', 4): (0, 0), ('lesions', 4): (0, 0),
+    }  # fmt: skip
+
+
 RECIPE = """
 name = 'x'
 version = '0'
