@@ -2,10 +2,10 @@
 
     python benchmarks/noise.py DATA OUT [--model NAME_OR_CARD]
 
-Every raw visit of `openms` is "scanned again" (`scanned_again` of calibration.py: position, coil,
-contrast, calibration and noise, other ones for each scan), and the app compares the two as
-sessions of one person. Prints and writes OUT/noise.md: lesions by what is said to have become of
-them, and volumes that are said to have changed.
+Every raw visit of `openms` is "scanned again" twice (`scanned_again` of calibration.py: position,
+coil, contrast, calibration and noise, other ones for each scan), so that both are interpolated
+alike, and the app compares the two as sessions of one person. Prints and writes OUT/noise.md:
+lesions by what is said to have become of them, and volumes that are said to have changed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,20 +31,14 @@ def write_sessions(data: Path, folder: Path) -> None:
     (source,) = (s for s in read_recipe('jointseg').datasets if s.name == 'openms')
     for number, item in enumerate(annotated_scans(source, data / source.root)):
         label = item.name.replace('sub-', '').replace('_ses-', 'v')
-        for seed, (suffix, path) in enumerate(
-            {'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}.items(), start=2 * number + 1
-        ):
-            person = folder / f'sub-{label}'
-            first, second = (
-                person / f'ses-{n}' / 'anat' / f'sub-{label}_ses-{n}_{suffix}.nii.gz' for n in '12'
-            )
-            for target in (first, second):
-                target.parent.mkdir(parents=True, exist_ok=True)
-            if not first.is_symlink():
-                first.symlink_to(path.resolve())
-            if not second.is_file():
-                again = scanned_again(load_scan(path), seed)
-                save(second, again.data, again.grid, dtype=np.float32)
+        paths = {'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}
+        for seed, (session, suffix) in enumerate(product('12', paths), start=4 * number + 1):
+            anat = folder / f'sub-{label}' / f'ses-{session}' / 'anat'
+            target = anat / f'sub-{label}_ses-{session}_{suffix}.nii.gz'
+            if not target.is_file():
+                anat.mkdir(parents=True, exist_ok=True)
+                again = scanned_again(load_scan(paths[suffix]), seed)
+                save(target, again.data, again.grid, dtype=np.float32)
     record = {'Name': 'scanned again', 'BIDSVersion': '1.10.0'}
     (folder / 'dataset_description.json').write_text(json.dumps(record))
 
