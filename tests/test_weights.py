@@ -30,19 +30,35 @@ def test_dice_on_literals():
         dice(found, truth[:3])
 
 
-def test_the_packaged_card_is_complete():
-    card = read_card()
-    assert card.licence == 'CC BY-NC 4.0'
+LICENCES = {'jointseg': 'CC BY-NC 4.0', 'open': 'CC BY 4.0'}
+
+
+@pytest.mark.parametrize(('name', 'licence'), LICENCES.items())
+def test_the_packaged_cards_are_complete(name, licence):
+    card, recipe = read_card(name), read_recipe(name)
+    assert card.licence == recipe.licence == licence
+    assert card.version == recipe.version
     assert card.training['steps'] > 0
+    assert set(card.repeatability) == {*TISSUES, 'L', 'brain'}
     figures = card.accuracy['mean Dice, %']
     assert set(figures['neuromorphometrics_T1w']['dice']) == set(TISSUES)
     assert {'patient_T1w_FLAIR', 'patient_T1w', 'patient_FLAIR'} <= set(figures)
-    recipe = read_recipe('jointseg')
     assert tuples(card.architecture) == recipe.architecture
     assert card.slice_mm == recipe.slice_mm
-    for source in recipe.datasets:
+    datasets = {source.name: source for source in recipe.datasets}
+    assert set(card.training['people']) <= set(datasets)
+    # The test people are those of the default recipe, of datasets that this one leaves out, too.
+    for source in (*recipe.datasets, *read_recipe('jointseg').datasets):
         learned = set(card.training['people'].get(source.name, ()))
         assert not learned & {*source.test, *source.validation}
+
+
+def test_the_open_model_has_learned_from_no_scan_for_non_commercial_use():
+    card = read_card('open')
+    assert {*card.training['people'], *card.training['unlabelled']} == {
+        'heads', 'openms-mni', 'openms',
+    }  # fmt: skip
+    assert 'init' not in read_recipe('open').training
 
 
 @pytest.mark.slow
