@@ -103,6 +103,10 @@ RIM_MM = 5.0
 PROTOCOL = ('Manufacturer', 'ManufacturersModelName', 'MagneticFieldStrength')
 """Fields of a raw sidecar that tell one scanner from another."""
 
+THICK_MM, TILT_DEGREES = 2.5, 3.0
+"""Slices that make lesions appear and vanish when they are tilted, and by how much (measured with
+3 to 4 mm: none within the slices, one in five at up to 8 degrees; docs/longitudinal.md)."""
+
 RULES = {
     'tolerance_voxels': TOLERANCE_VOXELS,
     'finest_mm': FINEST_MM,
@@ -723,6 +727,25 @@ def compare_sessions(out_dir: Path, bids_dir: Path, subject: str) -> list[Path]:
     return written
 
 
+def slice_tilt(earlier: Grid, later: Grid, later_to_earlier: Matrix) -> float:
+    """Return by how many degrees the slices of two scans are tilted; 0 where both are thin.
+
+    Parameters
+    ----------
+    earlier, later
+        Grids of the two scans.
+    later_to_earlier
+        (4, 4) rigid, RAS mm -> RAS mm.
+    """
+    if max(earlier.slice_mm, later.slice_mm) < THICK_MM:
+        return 0.0
+    before, after = (
+        grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later)
+    )
+    cosine = abs(float(before @ (later_to_earlier[:3, :3] @ after)))
+    return float(np.degrees(np.arccos(min(1.0, cosine))))
+
+
 def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Visit) -> list[Path]:
     """Compare one scan with earlier ones, unless that is done; return its tables and figures."""
     inputs: dict[str, str] = {}
@@ -765,6 +788,12 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
         notes = [f'{words}: volumes may differ for that alone' for words in unlike]
         if apart > DISAGREEMENT_MM:
             notes.append(f'the two directions of registration differ by {apart:.1f} mm: look')
+        tilt = slice_tilt(other.grid, scan.grid, matrix)
+        if tilt > TILT_DEGREES:
+            notes.append(
+                f'thick slices, tilted by {tilt:.0f} degrees against those before: lesions of one '
+                'or two slices may seem to change'
+            )
         if not judged:
             notes.append('no FLAIR: a lesion on the T1w alone is no evidence of change')
         notes += [

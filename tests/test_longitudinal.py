@@ -473,3 +473,22 @@ def test_lesions_of_one_voxel_are_matched():
     later = Segmentation(ndimage.shift(labels, (1, 0, 1), order=0, cval=2), grid)
     rows = compare_lesions(earlier, later, IDENTITY)
     assert [row['change'] for row in rows] == ['stable']
+
+
+@pytest.mark.parametrize(
+    ('spacing', 'axis', 'expected'),
+    [((1.0, 1.0, 3.0), 0, 6.0), ((1.0, 1.0, 3.0), 2, 0.0), ((1.0, 1.0, 1.0), 0, 0.0)],
+    ids=['across thick slices', 'within them', 'thin slices'],
+)
+def test_thick_slices_that_are_tilted_are_told(spacing, axis, expected):
+    """One in five lesions that are the same seems to have changed there (docs/longitudinal.md)."""
+    angle = math.radians(6)
+    i, j = (other for other in range(3) if other != axis)
+    turn = np.eye(4)
+    turn[[i, j], [i, j]] = math.cos(angle)
+    turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
+    grid = grid_of(spacing=spacing, size=(60, 60, 60))
+    assert longitudinal.slice_tilt(grid, grid, turn) == pytest.approx(expected, abs=1e-6)
+    # The same slices, found again in a scan whose header is turned with the head.
+    moved = Grid(grid.shape, np.linalg.inv(turn) @ grid.affine)
+    assert longitudinal.slice_tilt(grid, moved, turn) == pytest.approx(0, abs=1e-4)
