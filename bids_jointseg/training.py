@@ -882,18 +882,19 @@ def train_recipe(
 
     def windows(part: str, stream: str, number: int, length: int, batch: int) -> Windows:
         cohorts = [c for c in data.cohorts[part] if c.source.stream == stream]
-        # Validation, and what comes late, is never as easy as the beginning.
-        late = part != 'train' or stream == 'unlabelled'
         every = settings.lesions_every if stream == 'lesions' and 'tissue' in told else 1
-        first = {
-            name: 0 if late else getattr(samples, name) // every
-            for name in ('contrast_steps', 'coarse_steps')
-        }
+        # Validation, and what comes late, is never as easy as the beginning.
+        share = 0 if part != 'train' or stream == 'unlabelled' else 1
+        eased = replace(
+            samples,
+            contrast_steps=share * samples.contrast_steps // every,
+            coarse_steps=share * samples.coarse_steps // every,
+        )
         return Windows(
             cohorts,
             heads=heads,
             masks=data.masks[part],
-            settings=replace(samples, **first),
+            settings=eased,
             slice_mm=recipe.slice_mm,
             seed=settings.seed + number,
             batch=batch,
