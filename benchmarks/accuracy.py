@@ -41,6 +41,7 @@ from patients import brain_of
 from scipy.linalg import sqrtm
 
 from bids_jointseg.bids import Annotated, annotated_scans
+from bids_jointseg.cache import sets_on
 from bids_jointseg.card import read_card
 from bids_jointseg.cli import main as jointseg
 from bids_jointseg.evaluation import evaluate
@@ -148,12 +149,9 @@ def in_slices(cases: Mapping[str, Case], folder: Path, slice_mm: float) -> dict[
             grid = grid or model_grid(scan, in_plane_mm=1.0, slice_mm=(slice_mm, slice_mm))
             images[name] = folder / f'sub-{subject}_{name}.nii.gz'
             save(images[name], resample(scan, grid), grid, dtype=np.float32)
-        truth, fine = true_labels(case), load_grid(case.annotation)
-        known = [*INDICES, 255]
-        shares = [resample(Volume((truth == i).astype(np.float32), fine), grid) for i in known]
-        labels = np.array(known, np.uint8)[np.argmax(shares, axis=0)]
+        sets = sets_on(grid, load_labels(case.annotation), PROTOCOLS[case.protocol])
         annotation = folder / f'sub-{subject}_dseg.nii.gz'
-        save(annotation, labels, grid, dtype=np.uint8)
+        save(annotation, own_labels(sets), grid, dtype=np.uint8)
         thick[subject] = Case(case.person, images, annotation, 'jointseg')
     return thick
 
@@ -219,11 +217,10 @@ def compare(name: str, bids: Path, reference: Path, protocol: str, out: Path) ->
             images=bids,
             dataset=name,
         )
-    with (folder / 'scans.tsv').open(newline='') as file:
-        return [
-            row | {'dice': float(row['dice'].replace('n/a', 'nan'))}
-            for row in csv.DictReader(file, delimiter='\t')
-        ]
+    return [
+        row | {'dice': float(row['dice'].replace('n/a', 'nan'))}
+        for row in read_table(folder / 'scans.tsv')
+    ]
 
 
 def interval(values: Iterable[float], digits: int = 1) -> str:
@@ -290,14 +287,12 @@ def rescans(cases: Mapping[str, Case], out: Path) -> dict[str, list[Row]]:
 def volumes(out: Path, subject: str) -> dict[str, tuple[float, float, float]]:
     """Return class -> volume in mm3 and its interval, as the app wrote them."""
     table = label_map(out, subject).with_name(f'sub-{subject}_seg-jointseg_morph.tsv')
-    with table.open(newline='') as file:
-        return {
-            row['name']: tuple(  # type: ignore[misc]
-                float(row[key].replace('n/a', 'nan'))
-                for key in ('volume_mm3', 'low_mm3', 'high_mm3')
-            )
-            for row in csv.DictReader(file, delimiter='\t')
-        }
+    return {
+        row['name']: tuple(  # type: ignore[misc]
+            float(row[key].replace('n/a', 'nan')) for key in ('volume_mm3', 'low_mm3', 'high_mm3')
+        )
+        for row in read_table(table)
+    }
 
 
 def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
@@ -319,11 +314,21 @@ def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
 def true_labels(case: Case) -> NDArray[np.uint8]:
     """Return the reference in the package's numbers, 255 where nothing is known."""
     labels = load_labels(case.annotation).data.astype(np.int64)
-    sets = PROTOCOLS[case.protocol].encode(labels)
-    truth = np.full(sets.shape, 255, np.uint8)
+    return own_labels(PROTOCOLS[case.protocol].encode(labels))
+
+
+def own_labels(sets: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return sets of one class in the package's numbers, 255 for all others."""
+    found = np.full(sets.shape, 255, np.uint8)
     for index, name in zip(INDICES, CLASSES, strict=True):
-        truth[sets == bits({name})] = index
-    return truth
+        found[sets == bits({name})] = index
+    return found
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a table."""
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file, delimiter='\t'))
 
 
 def manual_agreement(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
@@ -355,11 +360,10 @@ def manual_agreement(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
 
 def false_lesions(cases: Mapping[str, Case], out: Path, data: Path) -> dict[str, float]:
     """Return the volume of lesions in mm3 that were found in each healthy young person's scan."""
-    with (data / 'neuromorphometrics' / 'participants.tsv').open(newline='') as file:
-        ages = {
-            row['participant_id'].removeprefix('sub-'): float(row['age'])
-            for row in csv.DictReader(file, delimiter='\t')
-        }
+    ages = {
+        row['participant_id'].removeprefix('sub-'): float(row['age'])
+        for row in read_table(data / 'neuromorphometrics' / 'participants.tsv')
+    }
     return {
         subject: volume_mm3(label_map(out, subject), 'L')
         for subject, case in cases.items()

@@ -11,14 +11,13 @@ lesions by what is said to have become of them, and volumes that are said to hav
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from accuracy import run
+from accuracy import read_table, run
 from calibration import scanned_again
 
 from bids_jointseg.bids import annotated_scans
@@ -45,11 +44,8 @@ def write_sessions(data: Path, folder: Path) -> None:
 
 def rows(out: Path, name: str) -> list[dict[str, str]]:
     """Return the lines of all tables of a name."""
-    found = []
-    for path in sorted(out.glob(f'sub-*/**/*_desc-{name}_morph.tsv')):
-        with path.open(newline='') as file:
-            found += list(csv.DictReader(file, delimiter='\t'))
-    return found
+    paths = sorted(out.glob(f'sub-*/**/*_desc-{name}_morph.tsv'))
+    return [row for path in paths for row in read_table(path)]
 
 
 def main() -> None:

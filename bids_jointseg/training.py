@@ -882,7 +882,7 @@ def train_recipe(
 
     def windows(part: str, stream: str, number: int, length: int, batch: int) -> Windows:
         cohorts = [c for c in data.cohorts[part] if c.source.stream == stream]
-        every = settings.lesions_every if stream == 'lesions' and 'tissue' in told else 1
+        every = _Turns(settings, stream, alone='tissue' not in told).every
         # Validation, and what comes late, is never as easy as the beginning.
         share = 0 if part != 'train' or stream == 'unlabelled' else 1
         eased = replace(

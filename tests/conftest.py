@@ -31,6 +31,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(params=['float32', 'bfloat16'])
+def numbers(request, monkeypatch) -> str:
+    """What the network computes in: float32 everywhere, bfloat16 where the processor has it."""
+    import torch
+
+    from bids_jointseg import inference
+
+    if request.param == 'float32':
+        monkeypatch.setattr(inference, 'fast_type', lambda device: None)
+    elif inference.fast_type(torch.device('cpu')) != getattr(torch, request.param):
+        pytest.skip(f'this processor has no {request.param}')
+    return request.param
+
+
 def draw_head(
     suffix: str,
     *,

@@ -20,12 +20,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from conftest import draw_head
 from runs import contents, make_small_cohort
 
 NAMES_THE_INPUT = {'dataset_description.json', 'sub-1.html', 'sub-2.html'}
-TOLERANCES = {None: 1e-3, torch.bfloat16: 0.04}
+TOLERANCES = {'float32': 1e-3, 'bfloat16': 0.04}
 """Of a probability, between numbers of threads: in float32 far below the 1/255 in which it is
 written, ten times that where the processor has bfloat16 (measured: 0.022)."""
 
@@ -127,13 +126,13 @@ def test_headers_carry_no_time_and_no_name(first):
 
 
 @pytest.mark.parametrize('threads', [2, 3])
-def test_the_number_of_threads_changes_nothing_that_is_seen(threads):
+def test_the_number_of_threads_changes_nothing_that_is_seen(threads, numbers):
     """The released network on a drawn head: probabilities within the tolerance, labels alike."""
     from bids_jointseg.card import read_card
-    from bids_jointseg.inference import combine, fast_type, predict
+    from bids_jointseg.inference import combine, predict
     from bids_jointseg.network import load_model
 
-    tolerance = TOLERANCES[fast_type(torch.device('cpu'))]
+    tolerance = TOLERANCES[numbers]
     network = load_model(read_card())
     shape = {'shape': (48, 56, 48), 'spacing_mm': (4.0, 4.0, 4.0)}
     images = {}
@@ -150,7 +149,7 @@ def test_the_number_of_threads_changes_nothing_that_is_seen(threads):
     clear = best[-1] - best[-2] > 2 * tolerance
     same = answers[1].argmax(0) == answers[threads].argmax(0)
     assert same[clear].all()
-    assert clear.mean() > 0.98
+    assert clear.mean() > {'float32': 0.99, 'bfloat16': 0.98}[numbers]
     assert same.mean() > 0.999
 
 
