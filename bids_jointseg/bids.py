@@ -374,6 +374,8 @@ def _index(settings: Settings) -> Any:
             database_path=settings.bids_database_dir,
             indexer=indexer,
         )
+    except MemoryError:
+        raise
     except Exception as error:  # pybids and its database raise many kinds
         raise BidsError(
             f'{settings.bids_dir}: cannot be indexed ({_one_line(error)}): check its '

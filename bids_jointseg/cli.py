@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib.util
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -59,6 +60,10 @@ MACHINE = (
     *(errno.ESTALE, errno.ENODEV, errno.EMFILE, errno.ENFILE),
 )
 """Errors of the file system, which are no fault of the program: full, read-only, gone ..."""
+
+
+SPARE = 32 * 2**20
+"""Bytes without which nothing is begun: Python can wait for ever where no thread can start."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -360,6 +365,7 @@ def _answer(program: str, run: Callable[[], int]) -> int:
     logging.basicConfig(handlers=[console])
     LOGGER.setLevel(logging.INFO)
     try:
+        mmap.mmap(-1, SPARE).close()
         return int(run())
     except (SettingsError, BidsError, ModelError, RecipeError, ProtocolError) as error:
         return stop(Exit.USAGE, error)
@@ -569,6 +575,8 @@ def read_plugin(settings: Settings) -> tuple[str, dict[str, Any]]:
         name, more = str(record['plugin']), dict(record.get('plugin_args') or {})
     except OSError as error:
         raise SettingsError(f'{path}: cannot be read ({error.strerror})') from error
+    except MemoryError:
+        raise
     except Exception as error:  # the parsers have exceptions of their own
         raise SettingsError(
             f'{path}: not a plugin file ({" ".join(str(error).split())})'

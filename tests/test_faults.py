@@ -467,14 +467,35 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-@pytest.mark.parametrize('megabytes', [1, 4, 16, 64])
-def test_little_memory(pair, calm, megabytes):
+def limit_workers(megabytes: int) -> None:
+    """Allow each worker alone only so much more."""
+    os.register_at_fork(after_in_child=lambda: limit_memory(megabytes))
+
+
+@pytest.mark.parametrize('megabytes', [1, 4, 16])
+def test_too_little_memory_to_begin(pair, megabytes):
     name = f'little-{megabytes}'
     code, said = pair.run(name, before=((limit_memory, [megabytes]),))
-    check_answer(code, said)
+    assert code == 70
+    assert said == 'jointseg: memory ran out: give more, or a smaller --nprocs\n'
+    assert not contents(pair.out(name))
+
+
+@pytest.mark.parametrize('limit', [limit_memory, limit_workers])
+@pytest.mark.parametrize('megabytes', [40, 64])
+def test_little_memory(pair, calm, limit, megabytes):
+    name = f'{limit.__name__}-{megabytes}'
+    check_answer(*pair.run(name, before=((limit, [megabytes]),)))
     check_visible(pair.out(name), calm)
-    if megabytes == 16:
-        goes_on(pair, name, calm)
+
+
+def test_too_little_memory_for_the_workers(pair, calm):
+    code, said = pair.run('workers', before=((limit_workers, [16]),))
+    check_answer(code, said)
+    assert code == 1
+    assert 'give more memory' in said
+    check_visible(pair.out('workers'), calm)
+    goes_on(pair, 'workers', calm)
 
 
 def full_gpu() -> None:

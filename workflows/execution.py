@@ -43,6 +43,9 @@ KILLED = (
     'a smaller --nprocs, or --fast'
 )
 
+NO_MEMORY = re.compile(r"can't allocate memory|could not create a primitive")
+"""What PyTorch says, and oneDNN within it."""
+
 HUNG = 'took longer than {hours:g} hours and was ended: the same command tries it again'
 BESIDE = 'was ended because another stage hung: the same command goes on'
 
@@ -374,6 +377,6 @@ def read_crash(path: Path, scans: Mapping[str, str]) -> Failure:
         reason = message
     else:
         reason = f'{kind}: {message}'
-    if 'MemoryError' in kind or "can't allocate memory" in message:
+    if 'MemoryError' in kind or NO_MEMORY.search(message):
         reason += ' (give more memory, a smaller --nprocs, or --fast)'
     return Failure(scans.get(scan, scan), stage, reason, path)
