@@ -103,9 +103,15 @@ RIM_MM = 5.0
 PROTOCOL = ('Manufacturer', 'ManufacturersModelName', 'MagneticFieldStrength')
 """Fields of a raw sidecar that tell one scanner from another."""
 
-THICK_MM, TILT_DEGREES = 2.5, 3.0
-"""Slices that make lesions appear and vanish when they are tilted, and by how much (measured with
-3 to 4 mm: none within the slices, one in five at up to 8 degrees; docs/longitudinal.md)."""
+THICK_MM = 2.5
+"""Slices from here on may have cut a lesion elsewhere: evidence of it is looked for half a slice
+up and down as well."""
+
+TILT_DEGREES = 3.0
+"""Between thick slices: beyond, they cut small lesions otherwise (docs/longitudinal.md)."""
+
+TILTED_SLICES = 3
+"""Fewest slices of a lesion that changed where thick slices are tilted: two are what one shows."""
 
 RULES = {
     'tolerance_voxels': TOLERANCE_VOXELS,
@@ -115,6 +121,9 @@ RULES = {
     'evidence': EVIDENCE,
     'relative': RELATIVE,
     'boundary': BOUNDARY,
+    'thick_mm': THICK_MM,
+    'tilt_degrees': TILT_DEGREES,
+    'tilted_slices': TILTED_SLICES,
 }
 
 VOLUME_COLUMNS = {
@@ -349,6 +358,25 @@ def midway_grid(
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine), to_earlier, to_later
 
 
+def slice_tilt(earlier: Grid, later: Grid, later_to_earlier: Matrix) -> float:
+    """Return by how many degrees the slices of two scans are tilted; 0 where both are thin.
+
+    Parameters
+    ----------
+    earlier, later
+        Grids of the two scans.
+    later_to_earlier
+        (4, 4) rigid, RAS mm -> RAS mm.
+    """
+    if max(earlier.slice_mm, later.slice_mm) < THICK_MM:
+        return 0.0
+    before, after = (
+        grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later)
+    )
+    cosine = abs(float(before @ (later_to_earlier[:3, :3] @ after)))
+    return float(np.degrees(np.arccos(min(1.0, cosine))))
+
+
 def _points(points: NDArray[Any], matrix: NDArray[Any]) -> Matrix:
     """Map points (n, 3) by a 4 x 4 matrix."""
     return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
@@ -421,9 +449,10 @@ def compare_lesions(
     list[dict]
         One row for each: :data:`LESION_COLUMNS` but `since`, the changed and the larger first.
     """
+    tilted = slice_tilt(earlier.grid, later.grid, later_to_earlier) > TILT_DEGREES
     sides = (
-        _Side(earlier, later, np.linalg.inv(later_to_earlier)),
-        _Side(later, earlier, later_to_earlier),
+        _Side(earlier, later, np.linalg.inv(later_to_earlier), tilted=tilted),
+        _Side(later, earlier, later_to_earlier, tilted=tilted),
     )
     old, new = sides
     links = [
@@ -483,9 +512,11 @@ class _Side:
     Arrays are indexed by the number of the lesion, from 1.
     """
 
-    def __init__(self, own: Segmentation, other: Segmentation, to_other: NDArray[Any]) -> None:
+    def __init__(
+        self, own: Segmentation, other: Segmentation, to_other: NDArray[Any], *, tilted: bool
+    ) -> None:
         parts, self.count = own.numbered()
-        self.own, self.to_other = own, to_other
+        self.own, self.to_other, self.tilted = own, to_other, tilted
         self.voxels = np.argwhere(parts)
         self.number = parts[tuple(self.voxels.T)]
         self.sizes = np.bincount(self.number, minlength=self.count + 1)
@@ -493,14 +524,18 @@ class _Side:
         self.surfaces = np.bincount(parts[(parts > 0) & ~inner], minlength=self.count + 1)
         points = _points(self.voxels, own.grid.affine)
         self.sums = np.stack([self._sum(column) for column in points.T], axis=-1)
-        self.places = _points(_points(points, to_other), np.linalg.inv(other.grid.affine))
+        to_voxels = np.linalg.inv(other.grid.affine)
+        self.places = _points(_points(points, to_other), to_voxels)
         # Outside of the other scan there is no brain either.
         seen = ndimage.map_coordinates(other.brain.astype(np.float32), self.places.T, order=0)
         self.seen = self._sum(seen) / np.maximum(self.sizes, 1)
         self.rise = None
         if own.probability is not None and other.probability is not None:
             field = np.asarray(other.probability, np.float32)
-            there = ndimage.map_coordinates(field, self.places.T, order=1)
+            shifts = _points(_slice_shifts(own, other, to_other), to_voxels) - to_voxels[:3, 3]
+            there = np.max(
+                [ndimage.map_coordinates(field, (self.places + s).T, order=1) for s in shifts], 0
+            )
             self.rise = self._sum(own.probability[tuple(self.voxels.T)] - there)
 
     def _sum(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -512,6 +547,9 @@ class _Side:
         if self.seen[part] @ self.sizes[part] <= voxels / 2:
             return False  # the other scan has no brain there
         if min(mm3) == 0 and (voxels < SMALLEST_VOXELS or max(mm3) < SMALLEST_MM3):
+            return False
+        slices = self.voxels[np.isin(self.number, part), self.own.grid.thick_axis]
+        if self.tilted and len(np.unique(slices)) < TILTED_SLICES:
             return False
         gained = abs(mm3[1] - mm3[0]) / self.own.voxel_mm3
         return self.rise is None or bool(self.rise[part].sum() >= EVIDENCE * gained)
@@ -528,6 +566,22 @@ class _Side:
         close = np.isfinite(distance)
         pairs = np.stack([self.number[close], other.number[nearest[close]]], axis=-1)
         return np.unique(pairs, axis=0)
+
+
+def _slice_shifts(
+    own: Segmentation, other: Segmentation, to_other: NDArray[Any]
+) -> NDArray[np.floating]:
+    """Return how far the slices may have cut a lesion elsewhere, RAS mm of the other scan (n, 3).
+
+    Not at all, and for thick slices of either scan by half a slice, up and down.
+    """
+    slices = [
+        0.5 * axis
+        for matrix in (to_other[:3, :3] @ own.grid.affine[:3, :3], other.grid.affine[:3, :3])
+        for axis in matrix.T
+        if np.linalg.norm(axis) >= THICK_MM
+    ]
+    return np.array([np.zeros(3), *slices, *(-axis for axis in slices)])
 
 
 def _judge(mm3: Sequence[float], margin: float, sure: bool) -> str:
@@ -727,25 +781,6 @@ def compare_sessions(out_dir: Path, bids_dir: Path, subject: str) -> list[Path]:
     return written
 
 
-def slice_tilt(earlier: Grid, later: Grid, later_to_earlier: Matrix) -> float:
-    """Return by how many degrees the slices of two scans are tilted; 0 where both are thin.
-
-    Parameters
-    ----------
-    earlier, later
-        Grids of the two scans.
-    later_to_earlier
-        (4, 4) rigid, RAS mm -> RAS mm.
-    """
-    if max(earlier.slice_mm, later.slice_mm) < THICK_MM:
-        return 0.0
-    before, after = (
-        grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later)
-    )
-    cosine = abs(float(before @ (later_to_earlier[:3, :3] @ after)))
-    return float(np.degrees(np.arccos(min(1.0, cosine))))
-
-
 def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Visit) -> list[Path]:
     """Compare one scan with earlier ones, unless that is done; return its tables and figures."""
     inputs: dict[str, str] = {}
@@ -791,8 +826,8 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
         tilt = slice_tilt(other.grid, scan.grid, matrix)
         if tilt > TILT_DEGREES:
             notes.append(
-                f'thick slices, tilted by {tilt:.0f} degrees against those before: lesions of one '
-                'or two slices may seem to change'
+                f'thick slices, tilted by {tilt:.0f} degrees against those before: what became of '
+                'lesions of one or two slices is not to be told'
             )
         if not judged:
             notes.append('no FLAIR: a lesion on the T1w alone is no evidence of change')

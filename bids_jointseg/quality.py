@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from bids_jointseg.labels import LABELS, TISSUES
 from bids_jointseg.lesions import TOUCH
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,6 +36,10 @@ INDEX = {label.abbreviation: label.index for label in LABELS}
 VERDICTS = ('pass', 'check', 'fail')
 LEAST_TISSUE = 100
 """Voxels of a tissue that its intensity is told from."""
+BRIGHTNESS = {
+    'WM': 1.0, 'L': 1.0, 'BS': 0.9, 'SGM': 0.8, 'CGM': 0.6, 'CBM': 0.5, 'VEN': 0.25,
+}  # fmt: skip
+"""Of each label where a brain is compared with its mirror image: about that of a T1w."""
 COARSE_MM = 2.5
 """Voxels of the scans whose information is compared."""
 
@@ -243,7 +248,7 @@ def measure(
         on_it = labels if name == reference else _labels_on(labels, grid, volume.grid, between)
         found |= {f'{key}_{name}': value for key, value in _signal(name, volume, on_it).items()}
         found[f'thickness_mm_{name}'] = float(volume.grid.spacing_mm.max())
-    mirror = mirror_plane(scan, brain)
+    mirror = mirror_plane(labels, grid)
     found['asymmetry_percent'] = _asymmetry(labels, grid, mirror)
     if len(volumes) == 2:
         other = volumes['FLAIR']
@@ -263,35 +268,42 @@ def judge(measures: Mapping[str, float]) -> tuple[str, list[str]]:
     return (reasons[0][0] if reasons else 'pass'), [words for _, words in reasons]
 
 
-def mirror_plane(scan: Volume, brain: NDArray[np.bool_]) -> Matrix:
+def mirror_plane(labels: NDArray[np.integer], grid: Grid) -> Matrix:
     """Return the reflection in the plane in which a brain is most like its mirror image.
+
+    Its labels are compared, not the scan, whose coil and noise differ between the sides.
 
     Parameters
     ----------
-    scan
-        T1w or FLAIR.
-    brain
-        (X, Y, Z).
+    labels
+        (X, Y, Z), values of :data:`.labels.LABELS`.
+    grid
+        Where its voxels lie.
 
     Returns
     -------
     Matrix
         (4, 4), RAS mm -> RAS mm.
     """
-    points, values, sampled = _sampled(scan, brain, 4.0)
+    brightness = np.zeros(256, np.float32)
+    for name, value in BRIGHTNESS.items():
+        brightness[INDEX[name]] = value
+    points, values, sampled = _sampled(Volume(brightness[labels], grid), labels > 0, 4.0)
     middle = points.mean(axis=0)
 
-    def unlike(parameters: NDArray[np.float64]) -> float:
-        there = _moved(_reflection(middle, parameters), points)
-        return 1 - float(np.corrcoef(values, sampled(there))[0, 1])
+    def unlike(parameters: Sequence[float], step: int = 1) -> float:
+        there = _moved(_reflection(middle, parameters), points[::step])
+        return 1 - float(np.corrcoef(values[::step], sampled(there))[0, 1])
 
-    start = np.zeros(3)
+    # A head that is turned has other minima: the search begins in the lowest of many.
+    turns = (-12, -6, 0, 6, 12)
+    start = min(itertools.product((-5, 0, 5), turns, turns), key=partial(unlike, step=7))
     options = {'xtol': 0.05, 'ftol': 1e-4, 'maxfev': 150}
     best = minimize(unlike, start, method='Powell', options=options, bounds=[(-15, 15)] * 3)
     return _reflection(middle, best.x)
 
 
-def _reflection(middle: Matrix, parameters: NDArray[np.float64]) -> Matrix:
+def _reflection(middle: Matrix, parameters: Sequence[float]) -> Matrix:
     """Return the reflection in a nearly sagittal plane, shifted (mm) and turned twice (deg)."""
     shift, yaw, roll = parameters
     yaw, roll = np.deg2rad((yaw, roll))

@@ -9,7 +9,7 @@ import pytest
 from test_image import ball, make_grid, points, rigid
 
 from bids_jointseg import image, quality
-from bids_jointseg.image import Volume
+from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import LABELS
 
 INDEX = {label.abbreviation: label.index for label in LABELS}
@@ -168,13 +168,22 @@ def test_a_verdict_follows_from_the_limits():
 
 
 @pytest.mark.parametrize('frame', ['RAS', 'LAS', 'oblique'])
-def test_the_plane_of_symmetry_is_found_in_any_frame(frame):
-    grid = make_grid(frame, (4, 4, 4))
-    labels = ball(grid, radii=(60, 76, 60))
-    data = np.where(labels, 500.0, 0)
+@pytest.mark.parametrize(('yaw', 'roll'), [(0, 0), (9, -12), (-12, -9)])
+def test_the_plane_of_symmetry_is_found_in_any_frame(frame, yaw, roll):
+    """Also of a head that is turned, in which the search has other minima."""
+    y, r = np.deg2rad((yaw, roll))
+    about_z = np.array([[np.cos(y), -np.sin(y), 0], [np.sin(y), np.cos(y), 0], [0, 0, 1]])
+    about_y = np.array([[np.cos(r), 0, np.sin(r)], [0, 1, 0], [-np.sin(r), 0, np.cos(r)]])
+    turn = np.eye(4)
+    turn[:3, :3] = about_z @ about_y
+    upright = make_grid(frame, (3, 3, 3))
+    labels = np.where(ball(upright, radii=(60, 76, 60)), INDEX['CGM'], 0)
+    labels[ball(upright, radii=(52, 68, 52))] = INDEX['WM']
     for side in (-1, 1):
-        data[ball(grid, (side * 20, 10, 5), (10, 20, 12))] = 100
-    data[ball(grid, (0, -40, -20), (30, 20, 16))] = 300
-    mirror = quality.mirror_plane(Volume(data.astype(np.float32), grid), labels)
-    there = mirror[:3, :3] @ (40, -20, 30) + mirror[:3, 3]
-    np.testing.assert_allclose(there, (-20, -20, 30), atol=1.5)
+        labels[ball(upright, (side * 20, 10, 5), (10, 20, 12))] = INDEX['VEN']
+    labels[ball(upright, (0, -40, -30), (34, 22, 18))] = INDEX['CBM']
+    grid = Grid(upright.shape, turn @ upright.affine)
+    mirror = quality.mirror_plane(labels, grid)
+    right, left = (turn[:3, :3] @ (x, -20, 30) for x in (40, -20))
+    there = mirror[:3, :3] @ right + mirror[:3, 3]
+    np.testing.assert_allclose(there, left, atol=2)
