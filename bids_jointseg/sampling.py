@@ -445,7 +445,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             }
         if not person.images and rng.random() < s.strip_share:
             inside = torch.isin(kinds, brain).float()
-            kept = synth.blur(inside, rng.uniform(0.8, 2.5)) > rng.uniform(0.15, 0.5)
+            kept = synth.blur(inside, rng.uniform(0.8, 2.5)) > rng.uniform(0.15, 0.6)
             return torch.where(kept, kinds, synth.AIR), {
                 k: n for k, n in person.counts.items() if k in synth.BRAIN
             }

@@ -38,7 +38,7 @@ KINDS: tuple[tuple[str, float, float, float, float], ...] = (
     ('cerebellar cortex', 0.75, 0.04, 1.20, 0.10),
     ('cerebellar white matter', 0.97, 0.04, 1.04, 0.08),
     ('ventricle', 0.28, 0.10, 0.28, 0.13),
-    ('extracerebral CSF', 0.30, 0.10, 0.28, 0.14),
+    ('extracerebral CSF', 0.34, 0.16, 0.28, 0.14),
     ('choroid plexus', 0.62, 0.15, 0.95, 0.40),
     ('vessel or chiasm', 0.60, 0.30, 0.80, 0.35),
     ('eye', 0.45, 0.20, 0.40, 0.20),
@@ -181,11 +181,11 @@ def draw_contrast(
     means = values + stray * reach * rng.uniform(-1, 1, len(KINDS))
     gray = list(GRAY)
     if modality == 'T1w':
-        # From MPRAGE (cortex 0.65) to spin echo (cortex 0.9): the contrast between gray and
+        # From MPRAGE (cortex 0.55) to spin echo (cortex 0.9): the contrast between gray and
         # white shrinks for all gray matter at once.
-        means[gray] = 1 - (1 - means[gray]) * near(0.35, 1.35)
+        means[gray] = 1 - (1 - means[gray]) * near(0.35, 1.75)
         lesion = -rng.uniform(0.0, 0.9) * (1 - means[VENTRICLE]) * 0.7
-        return Contrast(means.clip(0), lesion, rng.uniform(0, 0.04), 0.0, rng.uniform(-0.05, 0))
+        return Contrast(means.clip(0), lesion, rng.uniform(0, 0.08), 0.0, rng.uniform(-0.05, 0))
     means[gray] = 1 + (means[gray] - 1) * near(0.3, 1.4)
     means[CSF] = means[VENTRICLE] * near(0.7, 1.3)
     means[KIND['soft tissue']] *= near(0.3, 1.3)
