@@ -174,7 +174,7 @@ RULES = (
         6,
         15,
         True,
-        'more than twice the largest of 19 people whose tissue was drawn by hand (2.7 %)',
+        '1.6 times the largest of 19 people whose tissue was drawn by hand (3.7 %)',
     ),
     Rule(
         'stray_lesions_mm3',
