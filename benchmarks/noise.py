@@ -25,13 +25,11 @@ from scipy import ndimage
 from bids_jointseg import longitudinal
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.image import load_scan, save
-from bids_jointseg.labels import LABELS
+from bids_jointseg.quality import INDEX
 from bids_jointseg.recipe import read_recipe
 
 LEAST_MM3 = 25.0
 """Of a lesion that is taken out."""
-
-WHITE = next(label.index for label in LABELS if label.abbreviation == 'WM')
 
 
 def write_sessions(data: Path, folder: Path, first: int) -> None:
@@ -76,7 +74,7 @@ def taken_out(bids: Path, out: Path, subject: str) -> list[str]:
         lesion = np.isin(numbers, [int(number) for number in row['before_lesions'].split()])
         around = ndimage.binary_dilation(lesion, np.ones((3, 3, 3)), iterations=2)
         without = longitudinal.Segmentation(
-            np.where(lesion, WHITE, before.labels),
+            np.where(lesion, INDEX['WM'], before.labels),
             before.grid,
             np.where(around, np.minimum(before.probability, 0.03), before.probability),
         )

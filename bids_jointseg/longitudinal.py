@@ -532,7 +532,7 @@ class _Side:
         self.rise = None
         if own.probability is not None and other.probability is not None:
             field = np.asarray(other.probability, np.float32)
-            shifts = _points(_slice_shifts(own, other, to_other), to_voxels) - to_voxels[:3, 3]
+            shifts = _slice_shifts(own, other, to_other) @ to_voxels[:3, :3].T
             there = np.max(
                 [ndimage.map_coordinates(field, (self.places + s).T, order=1) for s in shifts], 0
             )
@@ -548,9 +548,10 @@ class _Side:
             return False  # the other scan has no brain there
         if min(mm3) == 0 and (voxels < SMALLEST_VOXELS or max(mm3) < SMALLEST_MM3):
             return False
-        slices = self.voxels[np.isin(self.number, part), self.own.grid.thick_axis]
-        if self.tilted and len(np.unique(slices)) < TILTED_SLICES:
-            return False
+        if self.tilted:
+            slices = self.voxels[np.isin(self.number, part), self.own.grid.thick_axis]
+            if len(np.unique(slices)) < TILTED_SLICES:
+                return False
         gained = abs(mm3[1] - mm3[0]) / self.own.voxel_mm3
         return self.rise is None or bool(self.rise[part].sum() >= EVIDENCE * gained)
 

@@ -186,4 +186,4 @@ def test_the_plane_of_symmetry_is_found_in_any_frame(frame, yaw, roll):
     mirror = quality.mirror_plane(labels, grid)
     right, left = (turn[:3, :3] @ (x, -20, 30) for x in (40, -20))
     there = mirror[:3, :3] @ right + mirror[:3, 3]
-    np.testing.assert_allclose(there, left, atol=2)
+    np.testing.assert_allclose(there, left, atol=1.5)
