@@ -8,11 +8,13 @@ On the recipe's validation people, never on its test people:
   painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
   calibration error before and after: of the label of each voxel within the brain, and of lesions
   within 8 mm of true ones;
-- the repeatability: every scan, and each of the raw, thick-sliced ones of `openms`, which nobody
-  labelled, is "acquired" again (another position, coil, contrast, calibration and noise), and half
-  of a volume's 95 % interval is `k` times the volume that the probabilities leave in doubt:
-  `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans that show any of it, with
-  Student's t for n degrees of freedom, since they are few.
+- the repeatability, from a T1w, a FLAIR and both: every scan, and each of the raw, thick-sliced
+  ones of `openms`, which nobody labelled, is "acquired" again (another position, coil, contrast,
+  calibration and noise), and half of a volume's 95 % interval is `k` times the volume that the
+  probabilities leave in doubt: `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans that
+  show any of it, with Student's t for n degrees of freedom, since they are few. Pairs of which
+  one is cut by the edge of the scan are left out: of these the app warns, for what is not in the
+  scan no interval can tell.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -29,12 +31,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import Case, paint_heads, tissue_scans
+from accuracy import INPUTS, Case, paint_heads, tissue_scans
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.stats import t
 
-from bids_jointseg import image
+from bids_jointseg import image, quality
 from bids_jointseg.augment import smooth_field
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
@@ -46,6 +48,7 @@ from bids_jointseg.recipe import read_recipe
 
 TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
 NAMES = (*CLASSES[1:], 'brain')
+(CUT,) = (rule for rule in quality.RULES if rule.measure == 'cut_mm2')
 
 
 def scanned_again(scan: Volume, seed: int) -> Volume:
@@ -80,29 +83,45 @@ def scanned_again(scan: Volume, seed: int) -> Volume:
 def measure(job: tuple[str, str, dict[str, Path], Case | None, int]) -> dict[str, Any]:
     """Segment one scan as the app does, at temperature 1, and compare it with its reference.
 
-    A `seed` above 0 acquires it again.
+    A `seed` above 0 acquires it again; its reference is then elsewhere.
     """
     model, name, paths, case, seed = job
     torch.set_num_threads(1)
     card = read_card(model)
     network = load_model(card)
-    modalities = tuple(paths)
     scans = {modality: image.load_scan(path) for modality, path in paths.items()}
     if seed:
-        scans = {name: scanned_again(scan, seed) for name, scan in scans.items()}
-    reference = next(iter(scans.values()))
-    grid = image.model_grid(reference, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm)
-    images = {name: image.normalise(image.resample(s, grid)) for name, s in scans.items()}
-    members = predict(network, images, window=card.window, mirror=grid.lateral_axis, device='cpu')
-    found = image.keep_brain(combine(members), grid)
-    joint = image.joint_probabilities(
-        {modalities[0]: (found, grid)}, reference.grid, {modalities[0]: np.eye(4)}
-    )
-    result: dict[str, Any] = {'scan': name, 'modalities': modalities}
+        scans = {modality: scanned_again(scan, seed) for modality, scan in scans.items()}
+    first, reference = next(iter(scans.items()))
+    to = {  # RAS mm of the reference -> of each scan
+        modality: np.eye(4) if modality == first else image.register(reference, scan)
+        for modality, scan in scans.items()
+    }
+    passes = {}
+    grids = {modality: scan.grid for modality, scan in scans.items()}
+    for look in image.plan_passes(
+        grids.get('T1w'), grids.get('FLAIR'), np.linalg.inv(to.get('FLAIR', np.eye(4)))
+    ):
+        grid = image.model_grid(
+            scans[look], in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
+        )
+        images = {
+            modality: image.normalise(
+                image.resample(scan, grid, to[modality] @ np.linalg.inv(to[look]))
+            )
+            for modality, scan in scans.items()
+        }
+        members = predict(
+            network, images, window=card.window, mirror=grid.lateral_axis, device='cpu'
+        )
+        passes[look] = (image.keep_brain(combine(members), grid), grid)
+    joint = image.joint_probabilities(passes, reference.grid, to)
+    result: dict[str, Any] = {'scan': name, 'inputs': '+'.join(paths)}
     labels = image.label_map(joint)
+    result['cut'] = CUT.verdict(quality.cut_mm2(labels > 0, reference.grid)) != 'pass'
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
     result['volumes']['brain'] = sum(result['volumes'].values())
-    truth = _truth(case, reference.grid) if case else None
+    truth = _truth(case, reference.grid) if case and not seed else None
     result['doubt'], result['bins'], likelihood = {}, [], []
     open_ = joint[0] < 0.99999  # the air around adds nothing at any temperature
     flat, labels = np.log(np.maximum(joint[:, open_], 1e-7)), labels[open_]
@@ -182,16 +201,17 @@ def main() -> None:
     heads = paint_heads(
         sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
     )
-    jobs: list[tuple[str, str, dict[str, Path], Case | None, int]] = []
-    for name, case in (cases | heads).items():
-        jobs += [(options.model, name, case.images, case, 0)]
-        jobs += [(options.model, name, case.images, None, 1)]
-    for name, case in heads.items():
-        jobs.append((options.model, name, {'FLAIR': case.images['FLAIR']}, case, 0))
+    scans: dict[str, tuple[dict[str, Path], Case | None]] = {
+        name: (case.images, case) for name, case in (cases | heads).items()
+    }
     for item in annotated_scans(sources['openms'], options.data / sources['openms'].root):
-        for modality, path in {'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}.items():
-            paths = {modality: path}
-            jobs += [(options.model, item.name, paths, None, seed) for seed in (0, 1)]
+        scans[item.name] = ({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}, None)
+    jobs: list[tuple[str, str, dict[str, Path], Case | None, int]] = []
+    for number, (name, (files, case)) in enumerate(scans.items(), start=1):
+        for inputs in INPUTS:
+            if set(inputs) <= set(files):
+                paths = {modality: files[modality] for modality in inputs}
+                jobs += [(options.model, name, paths, case, seed) for seed in (0, number)]
     with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
         results = list(pool.map(measure, jobs))
 
@@ -200,18 +220,22 @@ def main() -> None:
     temperature = float(TEMPERATURES[best])
     even = int(np.flatnonzero(TEMPERATURES == 1)[0])
     told = [r['bins'] for r in results if r['nll']]
-    ratios: dict[str, list[float]] = {name: [] for name in NAMES}
+    ratios: dict[str, dict[str, list[float]]] = {}
     for a, b in combinations(results, 2):
-        if (a['scan'], a['modalities']) == (b['scan'], b['modalities']):
+        same = (a['scan'], a['inputs']) == (b['scan'], b['inputs'])
+        if same and not (a['cut'] or b['cut']):
             for name in NAMES:
                 doubt = np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (a, b)))
                 before, after = (r['volumes'][name] for r in (a, b))
                 if before + after > 0:
-                    ratios[name].append((before - after) / doubt)
+                    of_inputs = ratios.setdefault(a['inputs'], {})
+                    of_inputs.setdefault(name, []).append((before - after) / doubt)
     repeatability = {
-        name: round(float(t.ppf(0.975, len(values)) * np.sqrt(np.mean(np.square(values)))), 4)
-        for name, values in ratios.items()
-        if values
+        inputs: {
+            name: round(float(t.ppf(0.975, len(values)) * np.sqrt(np.mean(np.square(values)))), 4)
+            for name, values in labels.items()
+        }
+        for inputs, labels in ratios.items()
     }
     record = {
         'command': 'python benchmarks/calibration.py DATA OUT',
@@ -235,7 +259,7 @@ def main() -> None:
             for what in ('labels', 'lesions')
         },
         'repeatability': repeatability,
-        'pairs': {name: [round(v, 4) for v in values] for name, values in ratios.items()},
+        'pairs': ratios,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2) + '\n'

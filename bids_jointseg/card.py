@@ -54,8 +54,9 @@ class ModelCard:
         Probabilities are sharpened (below 1) or softened (above 1) by it: fitted on validation
         people, so that of the voxels to which 80 % is given 80 % are right.
     repeatability
-        Label (or `brain`) -> half of the 95 % interval of its volume, in units of the volume
-        that the probabilities leave in doubt: fitted on validation people scanned "twice".
+        Inputs (``'T1w'``, ``'FLAIR'``, ``'T1w+FLAIR'``) -> label (or `brain`) -> half of the 95 %
+        interval of its volume, in units of the volume that the probabilities leave in doubt:
+        fitted on validation people scanned "twice".
     landmarks
         Modality -> intensities at the percentiles of histogram scaling, or None for none.
     licence
@@ -77,7 +78,7 @@ class ModelCard:
     slice_mm: tuple[float, float] = (1.0, 1.0)
     window: tuple[int, int, int] | None = None
     temperature: float = 1.0
-    repeatability: dict[str, float] = field(default_factory=dict)
+    repeatability: dict[str, dict[str, float]] = field(default_factory=dict)
     landmarks: dict[str, list[float]] | None = None
     licence: str = ''
     sha256: str = ''

@@ -585,7 +585,11 @@ class WriteDerivatives(SimpleInterface):
             scan,
             bids_dir,
             volumes=image.volumes_mm3(own, grid),
-            intervals=intervals(image.volumes_mm3(own, grid), inputs),
+            intervals=intervals(
+                image.volumes_mm3(own, grid),
+                inputs.doubt_mm3,
+                inputs.repeatability.get('+'.join(volumes), {}),
+            ),
             lesions=found,
             flags=flags,
             quality=dict(inputs.quality),
@@ -596,22 +600,18 @@ class WriteDerivatives(SimpleInterface):
 
 
 def intervals(
-    volumes: Mapping[str, float], inputs: Any
+    volumes: Mapping[str, float], doubt_mm3: Mapping[str, float], factors: Mapping[str, float]
 ) -> dict[str, tuple[float, float] | None]:
     """Return label (or `brain`) -> the interval in which 95 % of repeated scans' volumes lie.
 
-    Half of it is the volume in doubt times the factor of the model's card; None without one.
+    Half of it is the volume in doubt times the factor of the model's card for the scans that
+    were given; None without one.
     """
-    known = {**volumes, 'brain': sum(volumes.values())}
-    return {
-        name: (
-            max(0.0, value - inputs.repeatability[name] * inputs.doubt_mm3[name]),
-            value + inputs.repeatability[name] * inputs.doubt_mm3[name],
-        )
-        if name in inputs.repeatability
-        else None
-        for name, value in known.items()
-    }
+    found: dict[str, tuple[float, float] | None] = {}
+    for name, value in {**volumes, 'brain': sum(volumes.values())}.items():
+        half = factors[name] * doubt_mm3[name] if name in factors else None
+        found[name] = None if half is None else (max(0.0, value - half), value + half)
+    return found
 
 
 def limitations(volumes: Mapping[str, Volume]) -> list[str]:

@@ -236,7 +236,7 @@ def measure(
     grid, spacing = scan.grid, scan.grid.spacing_mm
     brain = labels > 0
     brain_mm3 = float(brain.sum() * spacing.prod())
-    found = {'brain_ml': brain_mm3 / 1000, 'cut_mm2': _cut_mm2(brain, grid)}
+    found = {'brain_ml': brain_mm3 / 1000, 'cut_mm2': cut_mm2(brain, grid)}
     if not brain.any():
         return found
     tissue_mm3 = sum(doubt_mm3.get(name, 0.0) for name in (*TISSUES, 'L'))
@@ -458,7 +458,7 @@ def _air(volume: Volume) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     return values, far
 
 
-def _cut_mm2(brain: NDArray[np.bool_], grid: Grid) -> float:
+def cut_mm2(brain: NDArray[np.bool_], grid: Grid) -> float:
     """Return the largest area of brain on an outermost plane of the scan."""
     spacing = grid.spacing_mm
     return max(

@@ -39,7 +39,9 @@ def test_the_packaged_cards_are_complete(name, licence):
     assert card.licence == recipe.licence == licence
     assert card.version == recipe.version
     assert card.training['steps'] > 0
-    assert set(card.repeatability) == {*TISSUES, 'L', 'brain'}
+    assert set(card.repeatability) == {'T1w', 'FLAIR', 'T1w+FLAIR'}
+    for factors in card.repeatability.values():
+        assert set(factors) == {*TISSUES, 'L', 'brain'}
     figures = card.accuracy['mean Dice, %']
     assert set(figures['neuromorphometrics_T1w']['dice']) == set(TISSUES)
     assert {'patient_T1w_FLAIR', 'patient_T1w', 'patient_FLAIR'} <= set(figures)
