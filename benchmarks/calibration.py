@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,12 @@ def scanned_again(scan: Volume, seed: int) -> Volume:
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
 
 
-def measure(job: tuple[str, str, dict[str, Path], Case | None, int]) -> dict[str, Any]:
+def measure(job: tuple[str, dict[str, Path], Case | None, int]) -> dict[str, Any]:
     """Segment one scan as the app does, at temperature 1, and compare it with its reference.
 
     A `seed` above 0 acquires it again; its reference is then elsewhere.
     """
-    model, name, paths, case, seed = job
+    model, paths, case, seed = job
     torch.set_num_threads(1)
     card = read_card(model)
     network = load_model(card)
@@ -116,7 +116,7 @@ def measure(job: tuple[str, str, dict[str, Path], Case | None, int]) -> dict[str
         )
         passes[look] = (image.keep_brain(combine(members), grid), grid)
     joint = image.joint_probabilities(passes, reference.grid, to)
-    result: dict[str, Any] = {'scan': name, 'inputs': '+'.join(paths)}
+    result: dict[str, Any] = {'inputs': '+'.join(paths)}
     labels = image.label_map(joint)
     result['cut'] = CUT.verdict(quality.cut_mm2(labels > 0, reference.grid)) != 'pass'
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
@@ -201,17 +201,17 @@ def main() -> None:
     heads = paint_heads(
         sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
     )
-    scans: dict[str, tuple[dict[str, Path], Case | None]] = {
-        name: (case.images, case) for name, case in (cases | heads).items()
-    }
-    for item in annotated_scans(sources['openms'], options.data / sources['openms'].root):
-        scans[item.name] = ({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}, None)
-    jobs: list[tuple[str, str, dict[str, Path], Case | None, int]] = []
-    for number, (name, (files, case)) in enumerate(scans.items(), start=1):
+    visits = annotated_scans(sources['openms'], options.data / sources['openms'].root)
+    scans: list[tuple[dict[str, Path], Case | None]] = [
+        *((case.images, case) for case in (cases | heads).values()),
+        *(({'T1w': visit.scan.t1w, 'FLAIR': visit.scan.flair}, None) for visit in visits),
+    ]
+    jobs: list[tuple[str, dict[str, Path], Case | None, int]] = []
+    for number, (files, case) in enumerate(scans, start=1):
         for inputs in INPUTS:
             if set(inputs) <= set(files):
                 paths = {modality: files[modality] for modality in inputs}
-                jobs += [(options.model, name, paths, case, seed) for seed in (0, number)]
+                jobs += [(options.model, paths, case, seed) for seed in (0, number)]
     with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
         results = list(pool.map(measure, jobs))
 
@@ -220,16 +220,15 @@ def main() -> None:
     temperature = float(TEMPERATURES[best])
     even = int(np.flatnonzero(TEMPERATURES == 1)[0])
     told = [r['bins'] for r in results if r['nll']]
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for a, b in combinations(results, 2):
-        same = (a['scan'], a['inputs']) == (b['scan'], b['inputs'])
-        if same and not (a['cut'] or b['cut']):
-            for name in NAMES:
-                doubt = np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (a, b)))
-                before, after = (r['volumes'][name] for r in (a, b))
-                if before + after > 0:
-                    of_inputs = ratios.setdefault(a['inputs'], {})
-                    of_inputs.setdefault(name, []).append((before - after) / doubt)
+    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for a, b in zip(results[::2], results[1::2], strict=True):  # as found, acquired again
+        if a['cut'] or b['cut']:
+            continue
+        for name in NAMES:
+            doubt = np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (a, b)))
+            before, after = (r['volumes'][name] for r in (a, b))
+            if before + after > 0:
+                ratios[a['inputs']][name].append((before - after) / doubt)
     repeatability = {
         inputs: {
             name: round(float(t.ppf(0.975, len(values)) * np.sqrt(np.mean(np.square(values)))), 4)

@@ -580,16 +580,14 @@ class WriteDerivatives(SimpleInterface):
             *inputs.quality['reasons'],
             *limitations(volumes),
         ]
+        sizes = image.volumes_mm3(own, grid)
+        factors = inputs.repeatability.get('+'.join(volumes), {})
         bids.write_tables(
             out_dir,
             scan,
             bids_dir,
-            volumes=image.volumes_mm3(own, grid),
-            intervals=intervals(
-                image.volumes_mm3(own, grid),
-                inputs.doubt_mm3,
-                inputs.repeatability.get('+'.join(volumes), {}),
-            ),
+            volumes=sizes,
+            intervals=intervals(sizes, inputs.doubt_mm3, factors),
             lesions=found,
             flags=flags,
             quality=dict(inputs.quality),
