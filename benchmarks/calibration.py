@@ -8,13 +8,13 @@ On the recipe's validation people, never on its test people:
   painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
   calibration error before and after: of the label of each voxel within the brain, and of lesions
   within 8 mm of true ones;
-- the repeatability, from a T1w, a FLAIR and both: every scan, and each of the raw, thick-sliced
-  ones of `openms`, which nobody labelled, is "acquired" again (another position, coil, contrast,
-  calibration and noise), and half of a volume's 95 % interval is `k` times the volume that the
-  probabilities leave in doubt: `k = t rms(dV / sqrt(d1^2 + d2^2))` over the n pairs of scans that
-  show any of it, with Student's t for n degrees of freedom, since they are few. Pairs of which
-  one is cut by the edge of the scan are left out: of these the app warns, for what is not in the
-  scan no interval can tell.
+- the repeatability, from a T1w, a FLAIR and both: every person's scans, and each of the raw,
+  thick-sliced ones of `openms`, which nobody labelled, are "acquired" again three times (another
+  position, coil, contrast, calibration and noise), and half of a volume's 95 % interval is `k`
+  times the volume that the probabilities leave in doubt: `k = t rms(dV / sqrt(d1^2 + d2^2))` over
+  the pairs that show any of it, with Student's t for as many degrees of freedom as there are
+  visits among them, since these are few. Pairs of which one is cut by the edge of the scan are
+  left out: of these the app warns, for what is not in the scan no interval can tell.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,16 +48,18 @@ from bids_jointseg.network import load_model
 from bids_jointseg.recipe import read_recipe
 
 TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
+DRAWS = 3
 NAMES = (*CLASSES[1:], 'brain')
 (CUT,) = (rule for rule in quality.RULES if rule.measure == 'cut_mm2')
 
 
-def scanned_again(scan: Volume, seed: int) -> Volume:
-    """Return a scan as another session would give it: moved, with other noise, coil, contrast.
+def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
+    """Return a visit's scans as another visit would give them.
 
+    The head lies elsewhere in all of them; noise, coil and contrast are each scan's own.
     Gradients are calibrated to a few tenths of a per cent, so each axis is stretched, too.
     """
-    rng = np.random.default_rng((7, seed))
+    rng = np.random.default_rng((7, *seed))
     angles, shift = np.deg2rad(rng.uniform(-8, 8, 3)), rng.uniform(-8, 8, 3)
     move = np.eye(4)
     for axis, angle in enumerate(angles):
@@ -66,12 +69,18 @@ def scanned_again(scan: Volume, seed: int) -> Volume:
         turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         move = move @ turn
     move[:3, :3] *= rng.uniform(0.997, 1.003, 3)
-    middle = scan.grid.affine @ [*(np.array(scan.grid.shape) - 1) / 2, 1]
+    (first, *_) = scans.values()
+    middle = first.grid.affine @ [*(np.array(first.grid.shape) - 1) / 2, 1]
     move[:3, 3] = middle[:3] - move[:3, :3] @ middle[:3] + shift
+    return {modality: _acquired(scan, move, rng) for modality, scan in scans.items()}
+
+
+def _acquired(scan: Volume, move: NDArray[np.float64], rng: np.random.Generator) -> Volume:
+    """Return a scan of a moved head, with other noise, coil and contrast."""
     data = image.resample(scan, scan.grid, move)
     head = data > image.foreground(data)
     level = float(np.median(data[head]))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     coil = np.exp(0.1 * smooth_field(data.shape, 50, generator).numpy())
     noise = rng.normal(0, 0.03 * level, (2, *data.shape))
     contrast = np.maximum(data / level, 0) ** np.exp(rng.normal(0, 0.05)) * level
@@ -80,10 +89,12 @@ def scanned_again(scan: Volume, seed: int) -> Volume:
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
 
 
-def measure(job: tuple[str, dict[str, Path], Case | None, int]) -> dict[str, Any]:
-    """Segment one scan as the app does, at temperature 1, and compare it with its reference.
+def measure(
+    job: tuple[str, dict[str, Path], Case | None, tuple[int, int] | None],
+) -> dict[str, Any]:
+    """Segment a visit as the app does, at temperature 1, and compare it with its reference.
 
-    A `seed` above 0 acquires it again; its reference is then elsewhere.
+    A seed acquires it again; its reference is then elsewhere.
     """
     model, paths, case, seed = job
     torch.set_num_threads(1)
@@ -91,7 +102,7 @@ def measure(job: tuple[str, dict[str, Path], Case | None, int]) -> dict[str, Any
     network = load_model(card)
     scans = {modality: image.load_scan(path) for modality, path in paths.items()}
     if seed:
-        scans = {modality: scanned_again(scan, seed) for modality, scan in scans.items()}
+        scans = scanned_again(scans, *seed)
     first, reference = next(iter(scans.items()))
     to = {  # RAS mm of the reference -> of each scan
         modality: np.eye(4) if modality == first else image.register(reference, scan)
@@ -116,7 +127,7 @@ def measure(job: tuple[str, dict[str, Path], Case | None, int]) -> dict[str, Any
         )
         passes[look] = (image.keep_brain(combine(members), grid), grid)
     joint = image.joint_probabilities(passes, reference.grid, to)
-    result: dict[str, Any] = {'inputs': '+'.join(paths)}
+    result: dict[str, Any] = {}
     labels = image.label_map(joint)
     result['cut'] = CUT.verdict(quality.cut_mm2(labels > 0, reference.grid)) != 'pass'
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
@@ -183,6 +194,12 @@ def _diagram(bins: NDArray[np.float64]) -> list[dict[str, float]]:
     ]
 
 
+def _factor(visits: Sequence[Sequence[float]]) -> float:
+    """Return `k` from what the pairs of each visit say."""
+    square = np.mean(np.square(np.concatenate(visits)))
+    return float(t.ppf(0.975, len(visits)) * np.sqrt(square))
+
+
 def main() -> None:
     """Calibrate a model."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -201,17 +218,22 @@ def main() -> None:
     heads = paint_heads(
         sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
     )
-    visits = annotated_scans(sources['openms'], options.data / sources['openms'].root)
+    raw = annotated_scans(sources['openms'], options.data / sources['openms'].root)
     scans: list[tuple[dict[str, Path], Case | None]] = [
         *((case.images, case) for case in (cases | heads).values()),
-        *(({'T1w': visit.scan.t1w, 'FLAIR': visit.scan.flair}, None) for visit in visits),
+        *(({'T1w': visit.scan.t1w, 'FLAIR': visit.scan.flair}, None) for visit in raw),
     ]
-    jobs: list[tuple[str, dict[str, Path], Case | None, int]] = []
-    for number, (files, case) in enumerate(scans, start=1):
-        for inputs in INPUTS:
-            if set(inputs) <= set(files):
-                paths = {modality: files[modality] for modality in inputs}
-                jobs += [(options.model, paths, case, seed) for seed in (0, number)]
+    visits = [
+        ({modality: files[modality] for modality in inputs}, case, number)
+        for number, (files, case) in enumerate(scans)
+        for inputs in INPUTS
+        if set(inputs) <= set(files)
+    ]
+    jobs = [
+        (options.model, paths, case, seed)
+        for paths, case, number in visits
+        for seed in (None, *((number, draw) for draw in range(DRAWS)))
+    ]
     with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
         results = list(pool.map(measure, jobs))
 
@@ -220,20 +242,22 @@ def main() -> None:
     temperature = float(TEMPERATURES[best])
     even = int(np.flatnonzero(TEMPERATURES == 1)[0])
     told = [r['bins'] for r in results if r['nll']]
-    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for a, b in zip(results[::2], results[1::2], strict=True):  # as found, acquired again
-        if a['cut'] or b['cut']:
-            continue
+    # inputs -> label -> a list for each visit, of the pairs with its other acquisitions
+    ratios: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for number, (paths, *_) in enumerate(visits):
+        first, *again = results[number * (1 + DRAWS) : (number + 1) * (1 + DRAWS)]
         for name in NAMES:
-            doubt = np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (a, b)))
-            before, after = (r['volumes'][name] for r in (a, b))
-            if before + after > 0:
-                ratios[a['inputs']][name].append((before - after) / doubt)
+            pairs = [
+                (first['volumes'][name] - other['volumes'][name])
+                / np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (first, other)))
+                for other in again
+                if not (first['cut'] or other['cut'])
+                and first['volumes'][name] + other['volumes'][name] > 0
+            ]
+            if pairs:
+                ratios['+'.join(paths)][name].append(pairs)
     repeatability = {
-        inputs: {
-            name: round(float(t.ppf(0.975, len(values)) * np.sqrt(np.mean(np.square(values)))), 4)
-            for name, values in labels.items()
-        }
+        inputs: {name: round(_factor(pairs), 4) for name, pairs in labels.items()}
         for inputs, labels in ratios.items()
     }
     record = {

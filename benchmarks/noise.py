@@ -3,7 +3,7 @@
     python benchmarks/noise.py DATA OUT [--model NAME_OR_CARD] [--seed N]
 
 Every raw visit of `openms` is "scanned again" twice (`scanned_again` of calibration.py: position,
-coil, contrast, calibration and noise, other ones for each scan), so that both are interpolated
+coil, contrast, calibration and noise, other ones each time), so that both are interpolated
 alike, and the app compares the two as sessions of one person. Prints and writes OUT/noise.md:
 lesions by what is said to have become of them, and volumes that are said to have changed. Then
 each lesion of the second session is taken out of the first, which makes it new: what is it called?
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +31,17 @@ LEAST_MM3 = 25.0
 """Of a lesion that is taken out."""
 
 
-def write_sessions(data: Path, folder: Path, first: int) -> None:
-    """Make a dataset in which each visit is a person with two sessions; `first` of the seeds."""
+def write_sessions(data: Path, folder: Path, seed: int) -> None:
+    """Make a dataset in which each visit is a person with two sessions."""
     (source,) = (s for s in read_recipe('jointseg').datasets if s.name == 'openms')
     for number, item in enumerate(annotated_scans(source, data / source.root)):
         label = item.name.replace('sub-', '').replace('_ses-', 'v')
-        paths = {'T1w': item.scan.t1w, 'FLAIR': item.scan.flair}
-        for seed, (session, suffix) in enumerate(product('12', paths), first + 4 * number):
+        scans = {'T1w': load_scan(item.scan.t1w), 'FLAIR': load_scan(item.scan.flair)}
+        for session in (1, 2):
             anat = folder / f'sub-{label}' / f'ses-{session}' / 'anat'
-            target = anat / f'sub-{label}_ses-{session}_{suffix}.nii.gz'
-            if not target.is_file():
-                anat.mkdir(parents=True, exist_ok=True)
-                again = scanned_again(load_scan(paths[suffix]), seed)
+            anat.mkdir(parents=True, exist_ok=True)
+            for suffix, again in scanned_again(scans, seed, number, session).items():
+                target = anat / f'sub-{label}_ses-{session}_{suffix}.nii.gz'
                 save(target, again.data, again.grid, dtype=np.float32)
     record = {'Name': 'scanned again', 'BIDSVersion': '1.10.0'}
     (folder / 'dataset_description.json').write_text(json.dumps(record))
@@ -92,7 +90,7 @@ def main() -> None:
     parser.add_argument('data', type=Path)
     parser.add_argument('out', type=Path)
     parser.add_argument('--model', default='jointseg')
-    parser.add_argument('--seed', type=int, default=1, help='the first of twenty')
+    parser.add_argument('--seed', type=int, default=1, help='of the acquisitions')
     options = parser.parse_args()
     out = options.out.resolve()
     write_sessions(options.data.resolve(), out / 'bids', options.seed)
