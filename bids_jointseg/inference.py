@@ -52,7 +52,8 @@ def probabilities(network: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
     fast = fast_type(device)
     with torch.autocast(device.type, fast) if fast else nullcontext():
         logits = network(images)
-    return logits.float().softmax(1)
+    # One class after the other: the softmax is twice as fast as where channels lie last.
+    return logits.contiguous().float().softmax(1)
 
 
 @torch.inference_mode()
@@ -175,24 +176,23 @@ def _predict(
     if window is None:
         window = (*shape[:2], max(32, LARGEST // (shape[0] * shape[1])))
     axes = [_starts(size, width) for size, width in zip(shape, window, strict=True)]
-    # Classes lie last in memory, as the network leaves them.
-    total, weight = torch.zeros((*shape, len(CLASSES))), torch.zeros((*shape, 1))
+    total, weight = torch.zeros((len(CLASSES), *shape)), torch.zeros(shape)
     for corner in itertools.product(*axes):
         part = tuple(
             slice(start, min(start + width, size))
             for start, width, size in zip(corner, window, shape, strict=True)
         )
         found = _one(network, {name: image[part] for name, image in images.items()}, device)
-        ramp = _ramp(found.shape[:3], [len(starts) > 1 for starts in axes])[..., None]
-        total[part].addcmul_(found, ramp)
+        ramp = _ramp(found.shape[1:], [len(starts) > 1 for starts in axes])
+        total[:, *part].addcmul_(found, ramp)
         weight[part] += ramp
-    return total.div_(weight).movedim(3, 0).contiguous().numpy()
+    return total.div_(weight).numpy()
 
 
 def _one(
     network: nn.Module, images: Mapping[str, NDArray[np.float32]], device: torch.device
 ) -> Tensor:
-    """Return the probabilities of one window, `(X, Y, Z, C)`."""
+    """Return the probabilities of one window, `(C, X, Y, Z)`."""
     multiple: Sequence[int] = getattr(network, 'multiple', (1, 1, 1))
     shape = next(iter(images.values())).shape
     pad = [0] * 6
@@ -205,8 +205,8 @@ def _one(
         .to(device, memory_format=torch.channels_last_3d)
         for name, image in images.items()
     }  # fmt: skip
-    found = probabilities(network, tensors)[0].movedim(0, 3)
-    return found[: shape[0], : shape[1], : shape[2]].cpu()
+    found = probabilities(network, tensors)[0]
+    return found[:, : shape[0], : shape[1], : shape[2]].cpu()
 
 
 def _starts(size: int, width: int) -> list[int]:

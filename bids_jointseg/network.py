@@ -43,7 +43,7 @@ def _mean_of_branches(branches: nn.ModuleDict, images: Images) -> Tensor:
         raise ValueError('give at least one modality')
     # Stacking them would lose that channels lie last, on which the speed of the rest depends.
     total: Tensor = functools.reduce(torch.add, features)
-    return total / len(features) if len(features) > 1 else total
+    return total.div_(len(features)) if len(features) > 1 else total
 
 
 class Convolution(nn.Conv3d):
@@ -176,6 +176,15 @@ def _convolutions(inputs: int, outputs: int, count: int = 1) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def _pooled(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Return the maxima of blocks, in the precision of `x`.
+
+    Autocast would copy `x` to float32 and back on a CPU, though a maximum is exact in any.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.max_pool3d(x, size)
+
+
 class UNet(nn.Module):
     """A U-Net with one first block per modality, the mean of their features, additive skips.
 
@@ -220,7 +229,7 @@ class UNet(nn.Module):
         skips = []
         for level, block in enumerate(self.down[1:]):
             skips.append(x)
-            x = block(F.max_pool3d(x, 2 if level else (2, 2, 1)))
+            x = block(_pooled(x, (2, 2, 2) if level else (2, 2, 1)))
         for skip, widen, block in zip(
             skips[::-1], reversed(self.widen), reversed(self.up), strict=True
         ):
