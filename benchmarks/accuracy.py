@@ -97,7 +97,7 @@ def tissue_scans(source: Source, data: Path, part: str) -> dict[str, Case]:
 
 
 def paint_heads(
-    heads: Source, patients: Source, data: Path, part: str, folder: Path
+    heads: Source, patients: Source, data: Path, part: str, folder: Path, *, seed: int = 0
 ) -> dict[str, Case]:
     """Paint whole heads, each with the lesions of another unseen patient."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def paint_heads(
     # The mask of the patient who has scans is not used for painting.
     masks = [path for path in masks if not list(path.parent.glob('*FLAIR*'))]
     made = {}
-    for number, item in enumerate(annotated(heads, data, part)):
+    for number, item in enumerate(annotated(heads, data, part), seed):
         stem = folder / f'sub-{item.subject}'
         images = {name: Path(f'{stem}_{name}.nii.gz') for name in ('T1w', 'FLAIR')}
         labels = Path(f'{stem}_desc-painted_dseg.nii.gz')

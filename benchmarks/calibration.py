@@ -8,13 +8,15 @@ On the recipe's validation people, never on its test people:
   painted heads most likely, each scan counting once (Guo et al., ICML 2017), and the expected
   calibration error before and after: of the label of each voxel within the brain, and of lesions
   within 8 mm of true ones;
-- the repeatability, from a T1w, a FLAIR and both: every person's scans, and each of the raw,
-  thick-sliced ones of `openms`, which nobody labelled, are "acquired" again three times (another
-  position, coil, contrast, calibration and noise), and half of a volume's 95 % interval is `k`
-  times the volume that the probabilities leave in doubt: `k = t rms(dV / sqrt(d1^2 + d2^2))` over
-  the pairs that show any of it, with Student's t for as many degrees of freedom as there are
-  visits among them, since these are few. Pairs of which one is cut by the edge of the scan are
-  left out: of these the app warns, for what is not in the scan no interval can tell.
+- the repeatability, of thin slices (1 mm) and thick ones, of a T1w, a FLAIR and both: the same
+  scans, the thin ones also cut into slices of 4 mm, and the raw ones of `openms`, which nobody
+  labelled and which are thick, are "acquired" twice, as other days would give them: in
+  another position, with another coil, contrast, calibration and noise. Half of a volume's 95 %
+  interval is `k` times the volume that the probabilities leave in doubt, `k = t rms(dV /
+  sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of it, with Student's t for as
+  many degrees of freedom as there are visits among them, since these are few. Acquisitions whose
+  edge cuts the brain are left out: of these the app warns, for what is not in the scan no
+  interval can tell. So are those whose two scans the app refuses to align.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -26,6 +28,8 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,12 +47,16 @@ from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.inference import combine, predict
+from bids_jointseg.interfaces import acquisition
 from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
 from bids_jointseg.network import load_model
 from bids_jointseg.recipe import read_recipe
 
 TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
-DRAWS = 3
+PAINTINGS = (0, 100)
+"""Seeds: each validation head is painted so many times."""
+SLICE_MM = 4.0
+DRAWS = 2
 NAMES = (*CLASSES[1:], 'brain')
 (CUT,) = (rule for rule in quality.RULES if rule.measure == 'cut_mm2')
 
@@ -89,25 +97,54 @@ def _acquired(scan: Volume, move: NDArray[np.float64], rng: np.random.Generator)
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
 
 
-def measure(
-    job: tuple[str, dict[str, Path], Case | None, tuple[int, int] | None],
-) -> dict[str, Any]:
-    """Segment a visit as the app does, at temperature 1, and compare it with its reference.
+@dataclass(frozen=True)
+class Visit:
+    """Scans of one person, with their labels where there are any."""
 
-    A seed acquires it again; its reference is then elsewhere.
+    images: dict[str, Path]
+    case: Case | None = None
+    sliced: bool = False
+
+    def scans(self, seed: tuple[int, int] | None) -> dict[str, Volume]:
+        """Return the scans as they are, or as acquired again."""
+        scans = {name: image.load_scan(path) for name, path in self.images.items()}
+        if seed:
+            scans = scanned_again(scans, *seed)
+        if self.sliced:
+            first = next(iter(scans.values()))
+            grid = image.model_grid(first, in_plane_mm=1.0, slice_mm=(SLICE_MM, SLICE_MM))
+            scans = {n: Volume(image.resample(scan, grid), grid) for n, scan in scans.items()}
+        return scans
+
+
+def visits_of(images: Mapping[str, Path], case: Case | None = None) -> list[Visit]:
+    """Return what can be asked of a person's scans: both, and each alone."""
+    return [
+        Visit({name: images[name] for name in inputs}, case)
+        for inputs in INPUTS
+        if set(inputs) <= set(images)
+    ]
+
+
+def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | None:
+    """Segment a visit as the app does, at temperature 1, and compare it with its labels.
+
+    A seed acquires it again; its labels are then elsewhere. None where it cannot be aligned.
     """
-    model, paths, case, seed = job
+    model, visit, seed = job
     torch.set_num_threads(1)
     card = read_card(model)
     network = load_model(card)
-    scans = {modality: image.load_scan(path) for modality, path in paths.items()}
-    if seed:
-        scans = scanned_again(scans, *seed)
+    scans = visit.scans(seed)
     first, reference = next(iter(scans.items()))
-    to = {  # RAS mm of the reference -> of each scan
-        modality: np.eye(4) if modality == first else image.register(reference, scan)
-        for modality, scan in scans.items()
-    }
+    try:
+        to = {  # RAS mm of the reference -> of each scan
+            modality: np.eye(4) if modality == first else image.register(reference, scan)
+            for modality, scan in scans.items()
+        }
+    except image.ImageError as error:
+        print(f'{", ".join(map(str, visit.images.values()))}, {seed}: {error}', flush=True)
+        return None
     passes = {}
     grids = {modality: scan.grid for modality, scan in scans.items()}
     for look in image.plan_passes(
@@ -127,12 +164,12 @@ def measure(
         )
         passes[look] = (image.keep_brain(combine(members), grid), grid)
     joint = image.joint_probabilities(passes, reference.grid, to)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {'acquisition': acquisition(grids)}
     labels = image.label_map(joint)
     result['cut'] = CUT.verdict(quality.cut_mm2(labels > 0, reference.grid)) != 'pass'
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
     result['volumes']['brain'] = sum(result['volumes'].values())
-    truth = _truth(case, reference.grid) if case and not seed else None
+    truth = _truth(visit.case, reference.grid) if visit.case and not seed else None
     result['doubt'], result['bins'], likelihood = {}, [], []
     open_ = joint[0] < 0.99999  # the air around adds nothing at any temperature
     flat, labels = np.log(np.maximum(joint[:, open_], 1e-7)), labels[open_]
@@ -215,50 +252,62 @@ def main() -> None:
     cases: dict[str, Case] = {}
     if 'neuromorphometrics' in sources:
         cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
-    heads = paint_heads(
-        sources['heads'], sources['openms-mni'], options.data, 'validation', options.out / 'heads'
-    )
+    for seed in PAINTINGS:
+        heads = paint_heads(
+            sources['heads'],
+            sources['openms-mni'],
+            options.data,
+            'validation',
+            options.out / f'heads{seed}',
+            seed=seed,
+        )
+        cases |= {f'{name}, {seed}': case for name, case in heads.items()}
     raw = annotated_scans(sources['openms'], options.data / sources['openms'].root)
-    scans: list[tuple[dict[str, Path], Case | None]] = [
-        *((case.images, case) for case in (cases | heads).values()),
-        *(({'T1w': visit.scan.t1w, 'FLAIR': visit.scan.flair}, None) for visit in raw),
-    ]
+    told = [visit for case in cases.values() for visit in visits_of(case.images, case)]
     visits = [
-        ({modality: files[modality] for modality in inputs}, case, number)
-        for number, (files, case) in enumerate(scans)
-        for inputs in INPUTS
-        if set(inputs) <= set(files)
+        *told,
+        *(replace(visit, sliced=True) for visit in told),
+        *(
+            visit
+            for item in raw
+            for visit in visits_of({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair})
+        ),
     ]
     jobs = [
-        (options.model, paths, case, seed)
-        for paths, case, number in visits
-        for seed in (None, *((number, draw) for draw in range(DRAWS)))
+        *((options.model, visit, None) for visit in told),
+        *(
+            (options.model, visit, (number, draw))
+            for number, visit in enumerate(visits)
+            for draw in range(DRAWS)
+        ),
     ]
     with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
         results = list(pool.map(measure, jobs))
+    found, again = results[: len(told)], results[len(told) :]
 
-    likelihood = np.array([r['nll'] for r in results if r['nll']])
+    known = [r for r in found if r]
+    likelihood = np.array([r['nll'] for r in known])
     best = int(likelihood.mean(axis=0).argmin())
     temperature = float(TEMPERATURES[best])
     even = int(np.flatnonzero(TEMPERATURES == 1)[0])
-    told = [r['bins'] for r in results if r['nll']]
-    # inputs -> label -> a list for each visit, of the pairs with its other acquisitions
+    bins = [r['bins'] for r in known]
+    # acquisition -> label -> a list for each visit, of what its pairs say
     ratios: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
-    for number, (paths, *_) in enumerate(visits):
-        first, *again = results[number * (1 + DRAWS) : (number + 1) * (1 + DRAWS)]
+    for number in range(len(visits)):
+        every = again[number * DRAWS : (number + 1) * DRAWS]
+        drawn = [r for r in every if r and not r['cut']]
         for name in NAMES:
             pairs = [
-                (first['volumes'][name] - other['volumes'][name])
-                / np.hypot(*(r['doubt'][str(TEMPERATURES[best])][name] for r in (first, other)))
-                for other in again
-                if not (first['cut'] or other['cut'])
-                and first['volumes'][name] + other['volumes'][name] > 0
+                (a['volumes'][name] - b['volumes'][name])
+                / np.hypot(*(r['doubt'][str(temperature)][name] for r in (a, b)))
+                for a, b in combinations(drawn, 2)
+                if a['volumes'][name] + b['volumes'][name] > 0
             ]
             if pairs:
-                ratios['+'.join(paths)][name].append(pairs)
+                ratios[drawn[0]['acquisition']][name].append(pairs)
     repeatability = {
-        inputs: {name: round(_factor(pairs), 4) for name, pairs in labels.items()}
-        for inputs, labels in ratios.items()
+        kind: {name: round(_factor(pairs), 4) for name, pairs in labels.items()}
+        for kind, labels in ratios.items()
     }
     record = {
         'command': 'python benchmarks/calibration.py DATA OUT',
@@ -271,14 +320,14 @@ def main() -> None:
         'expected calibration error': {
             what: {
                 name: round(
-                    float(np.nanmean([_calibration_error(bins[number][what]) for bins in told])), 4
+                    float(np.nanmean([_calibration_error(one[number][what]) for one in bins])), 4
                 )
                 for name, number in (('at 1', even), ('calibrated', best))
             }
             for what in ('labels', 'lesions')
         },
         'reliability diagram': {
-            what: _diagram(sum(bins[best][what] for bins in told))
+            what: _diagram(sum(one[best][what] for one in bins))
             for what in ('labels', 'lesions')
         },
         'repeatability': repeatability,

@@ -54,9 +54,9 @@ class ModelCard:
         Probabilities are sharpened (below 1) or softened (above 1) by it: fitted on validation
         people, so that of the voxels to which 80 % is given 80 % are right.
     repeatability
-        Inputs (``'T1w'``, ``'FLAIR'``, ``'T1w+FLAIR'``) -> label (or `brain`) -> half of the 95 %
-        interval of its volume, in units of the volume that the probabilities leave in doubt:
-        fitted on validation people scanned "twice".
+        Scans as :func:`.interfaces.acquisition` calls them -> label (or `brain`) -> half of the
+        95 % interval of its volume, in units of the volume that the probabilities leave in doubt:
+        fitted on validation people scanned "again".
     landmarks
         Modality -> intensities at the percentiles of histogram scaling, or None for none.
     licence

@@ -236,7 +236,7 @@ class _ToModelGridInput(BaseInterfaceInputSpec):
     t1w = File(desc='conformed T1w')
     flair = File(desc='conformed FLAIR')
     transform = File(desc='T1w -> FLAIR')
-    modalities = traits.List(traits.Str, mandatory=True, desc='that the model has a branch for')
+    modalities = traits.List(traits.Str, mandatory=True, desc='that the model takes')
     in_plane_mm = traits.Float(mandatory=True)
     slice_mm = traits.Tuple(traits.Float, traits.Float, mandatory=True)
     fast = traits.Bool(False, usedefault=True, desc='one pass')
@@ -493,6 +493,7 @@ class _WriteInput(BaseInterfaceInputSpec):
     entropy = File(mandatory=True)
     lesion = File(mandatory=True, desc='probability of L and agreement on it')
     doubt_mm3 = traits.Dict(mandatory=True)
+    modalities = traits.List(traits.Str, mandatory=True, desc='that the model takes')
     repeatability = traits.Dict({}, usedefault=True, desc='of the card')
     quality = traits.Dict(mandatory=True, desc='of :class:`MeasureQuality`')
     flags = traits.List(traits.Str, [], usedefault=True, desc='of the check')
@@ -581,7 +582,8 @@ class WriteDerivatives(SimpleInterface):
             *limitations(volumes),
         ]
         sizes = image.volumes_mm3(own, grid)
-        factors = inputs.repeatability.get('+'.join(volumes), {})
+        taken = {name: volumes[name].grid for name in volumes if name in inputs.modalities}
+        factors = inputs.repeatability.get(acquisition(taken), {})
         bids.write_tables(
             out_dir,
             scan,
@@ -595,6 +597,15 @@ class WriteDerivatives(SimpleInterface):
         )
         self._results['summary'] = str(summary)
         return runtime
+
+
+def acquisition(grids: Mapping[str, Grid]) -> str:
+    """Return what a card calls scans of these modalities and grids, such as 'T1w+FLAIR, thick'.
+
+    One with thick slices makes the whole of them thick.
+    """
+    thick = max(grid.slice_mm for grid in grids.values()) >= image.THICK_MM
+    return f'{"+".join(grids)}, {"thick" if thick else "thin"}'
 
 
 def intervals(

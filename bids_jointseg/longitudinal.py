@@ -103,10 +103,6 @@ RIM_MM = 5.0
 PROTOCOL = ('Manufacturer', 'ManufacturersModelName', 'MagneticFieldStrength')
 """Fields of a raw sidecar that tell one scanner from another."""
 
-THICK_MM = 2.5
-"""Slices from here on may have cut a lesion elsewhere: evidence of it is looked for half a slice
-up and down as well."""
-
 TILT_DEGREES = 3.0
 """Between thick slices: beyond, they cut small lesions otherwise (docs/longitudinal.md)."""
 
@@ -121,7 +117,7 @@ RULES = {
     'evidence': EVIDENCE,
     'relative': RELATIVE,
     'boundary': BOUNDARY,
-    'thick_mm': THICK_MM,
+    'thick_mm': image.THICK_MM,
     'tilt_degrees': TILT_DEGREES,
     'tilted_slices': TILTED_SLICES,
 }
@@ -368,7 +364,7 @@ def slice_tilt(earlier: Grid, later: Grid, later_to_earlier: Matrix) -> float:
     later_to_earlier
         (4, 4) rigid, RAS mm -> RAS mm.
     """
-    if max(earlier.slice_mm, later.slice_mm) < THICK_MM:
+    if max(earlier.slice_mm, later.slice_mm) < image.THICK_MM:
         return 0.0
     before, after = (
         grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later)
@@ -580,7 +576,7 @@ def _slice_shifts(
         0.5 * axis
         for matrix in (to_other[:3, :3] @ own.grid.affine[:3, :3], other.grid.affine[:3, :3])
         for axis in matrix.T
-        if np.linalg.norm(axis) >= THICK_MM
+        if np.linalg.norm(axis) >= image.THICK_MM
     ]
     return np.array([np.zeros(3), *slices, *(-axis for axis in slices)])
 

@@ -136,7 +136,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         in_plane_mm=4.0,
         slice_mm=(4.0, 6.0),
         temperature=0.8,
-        repeatability={'T1w': {'WM': 1.5}, 'FLAIR': {'WM': 2.0}, 'T1w+FLAIR': {'WM': 1.5}},
+        repeatability={
+            f'{inputs}, {slices}': {'WM': k * factor}
+            for inputs, k in (('T1w', 1.5), ('FLAIR', 2.0), ('T1w+FLAIR', 1.5))
+            for slices, factor in (('thin', 3), ('thick', 1))
+        },
         licence='CC0-1.0',
     )
     saved = save_model(build(architecture), card, tmp_path_factory.mktemp('model'))

@@ -39,7 +39,11 @@ def test_the_packaged_cards_are_complete(name, licence):
     assert card.licence == recipe.licence == licence
     assert card.version == recipe.version
     assert card.training['steps'] > 0
-    assert set(card.repeatability) == {'T1w', 'FLAIR', 'T1w+FLAIR'}
+    assert set(card.repeatability) == {
+        f'{inputs}, {slices}'
+        for inputs in ('T1w', 'FLAIR', 'T1w+FLAIR')
+        for slices in ('thin', 'thick')
+    }
     for factors in card.repeatability.values():
         assert set(factors) == {*TISSUES, 'L', 'brain'}
     figures = card.accuracy['mean Dice, %']

@@ -180,7 +180,8 @@ def test_probabilities_and_tables_agree_with_the_labels(results, stem):
         volume = float(cells[2])
         assert volume == (labels == index).sum() * 64
         # The card of the model knows how far the white matter's is to be trusted, by 1.5 times
-        # what the probabilities (stored in 1/255) leave in doubt, by 2 from a FLAIR alone.
+        # what the probabilities (stored in 1/255) leave in doubt, by 2 from a FLAIR alone: all
+        # of these scans are thick.
         if name == 'WM':
             p = foreground[0]
             half = 64 * np.where(labels == index, 1 - p, p).sum()

@@ -268,6 +268,7 @@ def init_scan_wf(
             out_dir=str(output_dir),
             level=level,
             configuration=configuration,
+            modalities=list(card.modalities),
             repeatability=dict(card.repeatability),
         ),
         name='write',
@@ -531,7 +532,7 @@ def add_segmentation(
             use_gpu=use_gpu,
         ),
         name='segment',
-        mem_gb=max(2.0, 2 * gigabytes),
+        mem_gb=max(2.5, 2 * gigabytes),
         # A GPU node takes as many GPU slots as processors.
         n_procs=1 if use_gpu else omp_nthreads,
     )
