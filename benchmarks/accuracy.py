@@ -137,18 +137,23 @@ def strip(cases: Mapping[str, Case], folder: Path) -> dict[str, Case]:
     return stripped
 
 
+def resliced(scans: Mapping[str, Volume], slice_mm: float) -> dict[str, Volume]:
+    """Bring scans onto slices of that distance, in the first one's field of view."""
+    first = next(iter(scans.values()))
+    grid = model_grid(first, in_plane_mm=1.0, slice_mm=(slice_mm, slice_mm))
+    return {name: Volume(resample(scan, grid), grid) for name, scan in scans.items()}
+
+
 def in_slices(cases: Mapping[str, Case], folder: Path, slice_mm: float) -> dict[str, Case]:
     """Bring scans and their references onto slices of that distance: at 3 mm, the paper's grid."""
     folder.mkdir(parents=True, exist_ok=True)
     thick = {}
     for subject, case in cases.items():
-        grid = None
-        images = {}
-        for name, path in case.images.items():
-            scan = load_scan(path)
-            grid = grid or model_grid(scan, in_plane_mm=1.0, slice_mm=(slice_mm, slice_mm))
-            images[name] = folder / f'sub-{subject}_{name}.nii.gz'
-            save(images[name], resample(scan, grid), grid, dtype=np.float32)
+        scans = resliced({name: load_scan(path) for name, path in case.images.items()}, slice_mm)
+        grid = next(iter(scans.values())).grid
+        images = {name: folder / f'sub-{subject}_{name}.nii.gz' for name in scans}
+        for name, scan in scans.items():
+            save(images[name], scan.data, grid, dtype=np.float32)
         sets = sets_on(grid, load_labels(case.annotation), PROTOCOLS[case.protocol])
         annotation = folder / f'sub-{subject}_dseg.nii.gz'
         save(annotation, own_labels(sets), grid, dtype=np.uint8)

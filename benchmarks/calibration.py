@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import INPUTS, Case, paint_heads, tissue_scans
+from accuracy import INPUTS, Case, paint_heads, resliced, tissue_scans
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.stats import t
@@ -110,11 +110,7 @@ class Visit:
         scans = {name: image.load_scan(path) for name, path in self.images.items()}
         if seed:
             scans = scanned_again(scans, *seed)
-        if self.sliced:
-            first = next(iter(scans.values()))
-            grid = image.model_grid(first, in_plane_mm=1.0, slice_mm=(SLICE_MM, SLICE_MM))
-            scans = {n: Volume(image.resample(scan, grid), grid) for n, scan in scans.items()}
-        return scans
+        return resliced(scans, SLICE_MM) if self.sliced else scans
 
 
 def visits_of(images: Mapping[str, Path], case: Case | None = None) -> list[Visit]:
@@ -176,8 +172,9 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
     for temperature in TEMPERATURES:
         p = np.exp(flat / np.float32(temperature))
         p /= p.sum(axis=0)
-        result['doubt'][str(temperature)] = image.doubt_mm3(p, labels, reference.grid)
-        if truth is not None:
+        if truth is None:
+            result['doubt'][str(temperature)] = image.doubt_mm3(p, labels, reference.grid)
+        else:
             known, near, lesion = (array[open_] for array in truth)
             chosen = np.take_along_axis(p, np.maximum(known, 0)[None], axis=0)[0]
             region = (known >= 0) & ((known > 0) | (joint[0][open_] < 0.99))

@@ -61,11 +61,11 @@ LEAST_INFORMATION = 0.1
 """Mutual information (nats) below which two scans do not show one head: pairs of one head were
 measured to have 0.38 (one of them skull-stripped) to 0.88, a head and noise 0.02."""
 
-THICK_MM = 2.5
-"""Distance from which slices are thick: they cut what is small, and cut it otherwise next time."""
-
 LEAST_OVERLAP = 0.2
 """Share of the smaller head in the other below which they do not overlap."""
+
+THICK_MM = 2.5
+"""Distance from which slices are thick: they cut what is small, and cut it otherwise next time."""
 
 SPIKE = 1000
 """Times the 99th percentile of a scan above which a voxel shows no tissue."""

@@ -20,7 +20,7 @@ from bids_jointseg.inference import _ramp, _starts, predict
 from bids_jointseg.network import Convolution, HighResNet, InstanceNorm, build, load_model
 from bids_jointseg.quality import _information
 
-TOLERANCES = {'float32': 5e-3, 'bfloat16': 0.06}
+TOLERANCES = {'float32': 5e-3, 'bfloat16': 0.05}
 """Of a probability, in float32 and where the processor has bfloat16: sums in another order and,
 there, few digits, amplified by normalisation over few voxels (measured: 0.041)."""
 
