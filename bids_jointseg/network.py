@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,59 @@ def _mean_of_branches(branches: nn.ModuleDict, images: Images) -> Tensor:
     return total.div_(len(features)) if len(features) > 1 else total
 
 
+def _lattices(x: Tensor, step: int) -> Tensor:
+    """Return the lattices of every `step`-th voxel, between which a dilated kernel never mixes.
+
+    Those of the first two axes become images of a batch; those of the last one lie one after
+    another, a plane of zeros behind each, so that rows stay long.
+
+    Returns
+    -------
+    Tensor
+        `(B * step**2, C, X / step, Y / step, step * (Z / step + 1))`, quotients rounded up.
+    """
+    batch, channels, *sizes = x.shape
+    counts = [-(-size // step) for size in sizes]
+    missing = [end for n, size in zip(counts, sizes, strict=True) for end in (n * step - size, 0)]
+    x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, *missing[::-1]))
+    x = x.reshape(batch, counts[0], step, counts[1], step, counts[2], step, channels)
+    x = F.pad(x.permute(0, 2, 4, 1, 3, 6, 5, 7), (0, 0, 0, 1))
+    x = x.reshape(batch * step**2, counts[0], counts[1], step * (counts[2] + 1), channels)
+    return x.permute(0, 4, 1, 2, 3)
+
+
+class _Dilated(torch.autograd.Function):
+    """A dilated convolution whose weights get their gradient from plain ones of its lattices.
+
+    oneDNN has no kernel for the gradient of dilated weights, and its substitute takes two to
+    six times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        wide = [dilation] * 3
+        return torch.mkldnn_convolution(x, weight, None, wide, [1] * 3, wide, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        plain, wide = [1] * 3, [ctx.dilation] * 3
+        back = functools.partial(
+            torch.ops.aten.convolution_backward,
+            bias_sizes=None, stride=plain, transposed=False, output_padding=[0] * 3, groups=1,
+        )  # fmt: skip
+        of_x, _, _ = back(
+            gradient, x, weight, padding=wide, dilation=wide, output_mask=[True, False, False]
+        )
+        _, of_weight, _ = back(
+            _lattices(gradient, ctx.dilation), _lattices(x, ctx.dilation), weight,
+            padding=plain, dilation=plain, output_mask=[False, True, False],
+        )  # fmt: skip
+        return of_x, of_weight, None
+
+
 class Convolution(nn.Conv3d):
     """A convolution that is always computed by oneDNN on a CPU.
 
@@ -56,8 +109,14 @@ class Convolution(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """Return `(B, outputs, X, Y, Z)`."""
         there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        fast = there and not torch.is_autocast_enabled('cpu')
-        if x.device.type != 'cpu' or x.dtype != torch.float32 or not fast:
+        mixed = torch.is_autocast_enabled('cpu')
+        kind = torch.get_autocast_dtype('cpu') if mixed else x.dtype
+        if x.device.type != 'cpu' or kind not in (torch.float32, torch.bfloat16) or not there:
+            return super().forward(x)
+        if self.dilation[0] > 1 and torch.is_grad_enabled():
+            dilated = cast(Callable[[Tensor, Tensor, int], Tensor], _Dilated.apply)
+            return dilated(x.to(kind), self.weight.to(kind), self.dilation[0])
+        if mixed or kind != torch.float32:
             return super().forward(x)
         padding = cast(tuple[int, ...], self.padding)
         return torch.mkldnn_convolution(

@@ -123,6 +123,21 @@ def test_networks_learn_the_same_gradients(architecture):
         assert error < 2e-2 * scale + 1e-6, name
 
 
+@pytest.mark.parametrize('dilation', [2, 4])
+@pytest.mark.parametrize('shape', [(13, 10, 7), (16, 8, 16)])
+def test_dilated_weights_learn_from_plain_convolutions(shape, dilation):
+    draw = torch.Generator().manual_seed(dilation)
+    layer = Convolution(5, 6, 3, padding=dilation, dilation=dilation, bias=False)
+    x = torch.randn(2, 5, *shape, generator=draw).requires_grad_()
+    above = torch.randn(2, 6, *shape, generator=draw)
+    found = torch.autograd.grad(layer(x), (x, layer.weight), above)
+    expected = F.conv3d(x.double(), layer.weight.double(), None, 1, dilation, dilation)
+    for ours, theirs in zip(
+        found, torch.autograd.grad(expected, (x, layer.weight), above.double()), strict=True
+    ):
+        assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
+
+
 @pytest.mark.parametrize('network', [HighResNet(channels=(4, 8, 8)), build({'name': 'unet'})])
 def test_channels_stay_last_in_memory(network):
     """Where they do not, every convolution copies its input first."""
