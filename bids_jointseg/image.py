@@ -817,7 +817,7 @@ def register(fixed: Volume, moving: Volume, *, threads: int = 1, seed: int = 0) 
         (1.0, 45_000, 0.3, 1),
     ):
         images = [_sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
-        share = min(1.0, samples / math.prod(images[0].GetSize()))
+        share = _share(images[0].GetSize(), samples)
         starts = [start for _, start in sorted(found)[:keep]]
         found = []
         for start in starts:
@@ -856,6 +856,24 @@ def _euler(centre: Matrix, parameters: Sequence[float]) -> Any:
     transform = sitk.Euler3DTransform(centre.tolist())
     transform.SetParameters([float(value) for value in parameters])
     return transform
+
+
+def _share(size: Sequence[int], samples: int) -> float:
+    """Return which share of an image's voxels to sample regularly: about `samples` of them.
+
+    Regular samples are every n-th voxel in memory. Were n a multiple of a row's length, all of
+    them would lie in one plane, perhaps of air; were a row a multiple of n, in a few. So the
+    longer is kept far from multiples of the shorter: 0.38 or 0.62 of it beyond one.
+    """
+    row, step = size[0], max(1.0, math.prod(size) / samples)
+
+    def apart(ratio: float) -> float:
+        beyond = (math.floor(ratio) + far for far in (-0.38, 0.38, 0.62, 1.38))
+        return min((far for far in beyond if far > 0), key=lambda far: abs(far - ratio))
+
+    step = row * apart(step / row) if step > row else row / apart(row / step)
+    # The library rounds 1 / share up.
+    return 1.0 if step < 1.5 else 1 / (round(step) - 0.5)
 
 
 def _mutual_information(share: float, *, seed: int, threads: int) -> Any:

@@ -688,6 +688,20 @@ def test_register_needs_no_help_from_the_headers_and_repeats_itself(caplog):
     assert np.linalg.norm(error, axis=1).mean() < 1.5
 
 
+@pytest.mark.parametrize(
+    'size', [(169, 202, 223), (84, 223, 202), (156, 149, 150), (338, 202, 223), (40, 83, 118)]
+)
+def test_samples_of_a_registration_fill_the_volume(size):
+    """Every 169th voxel of rows of 169 is one plane, which showed no head."""
+    for samples in (20_000, 45_000, 60_000):
+        step = int(np.ceil(1 / image._share(size, samples)))
+        taken = np.unravel_index(np.arange(0, np.prod(size), step), size, order='F')
+        assert 0.6 < len(taken[0]) / samples < 1.6
+        for axis, length in zip(taken, size, strict=True):
+            share = np.bincount(4 * axis // length, minlength=4) / len(axis)
+            assert share.min() > 0.15, (samples, step)
+
+
 def test_register_refuses_what_shows_no_head():
     t1w = head(make_grid('RAS', (8, 8, 8)))
     noise = np.random.default_rng(0).normal(100, 10, t1w.data.shape).astype(np.float32)
