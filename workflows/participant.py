@@ -98,8 +98,8 @@ def init_participant_wf(
     workflow = Workflow(name=name)
     workflow.base_dir = str(work_folder(settings, card))
     templates = {space: find_template(space) for space in settings.standard_spaces}
-    for scan in scans:
-        scan_wf = init_scan_wf(
+    scan_wfs = [
+        init_scan_wf(
             scan=scan,
             card=card,
             bids_dir=settings.bids_dir,
@@ -114,15 +114,16 @@ def init_participant_wf(
             templates=templates,
             name=workflow_name(scan),
         )
-        workflow.add_nodes([scan_wf])
+        for scan in scans
+    ]
+    workflow.add_nodes(scan_wfs)  # Nipype compares names with those of all that are there
     nodes = {
         node: log_folder(settings, scan.subject)
-        for scan in scans
-        for node in workflow.get_node(workflow_name(scan))._get_all_nodes()
+        for scan, scan_wf in zip(scans, scan_wfs, strict=True)
+        for node in scan_wf._get_all_nodes()
     }
     configure(workflow, nodes, stop_on_first_crash=settings.stop_on_first_crash)
-    paragraphs = [_introduce(card)]
-    paragraphs += dict.fromkeys(workflow.get_node(workflow_name(scan)).__desc__ for scan in scans)
+    paragraphs = [_introduce(card), *dict.fromkeys(scan_wf.__desc__ for scan_wf in scan_wfs)]
     if templates:
         paragraphs.append(_describe_spaces(settings.standard_spaces))
     workflow.__desc__ = '\n\n'.join(paragraphs)
