@@ -83,7 +83,7 @@ RULES = (
     Rule('brain_ml', 'brain volume {:.0f} mL is very large', 1900, 2000, True, 'adults'),
     Rule(
         'cut_mm2',
-        'the brain reaches the edge of the scan ({:.0f} mm2): volumes may be too small',
+        'the brain reaches the edge of the scan ({:.0f} mm²): volumes may be too small',
         1000,
         6000,
         True,
