@@ -176,7 +176,7 @@ def test_labels_of_ones_own(tmp_path, protocol, labels, expected):
 
 
 def test_every_column_of_the_papers_table_has_its_recipe():
-    assert NAMES == ['jointseg', 'open', 'paper-m', 'paper-n', 'paper-w', 'paper-wn']
+    assert NAMES == ['jointseg', 'open', 'paper', 'paper-m', 'paper-n', 'paper-w', 'paper-wn']
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -206,6 +206,12 @@ def test_streams_of_the_packaged_recipes():
             'openms': 'unlabelled',
         },
         'open': {'heads': 'lesions', 'openms-mni': 'masks', 'openms': 'unlabelled'},
+        'paper': {
+            'neuromorphometrics': 'tissue',
+            'heads': 'lesions',
+            'openms-mni': 'masks',
+            'openms': 'unlabelled',
+        },
         'paper-w': {'wmh2017': 'lesions'},
         'paper-n': {'neuromorphometrics': 'tissue', 'adni2-gif': 'tissue'},
         'paper-m': {'mrbrains18': 'lesions'},
