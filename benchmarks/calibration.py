@@ -134,32 +134,27 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
     scans = visit.scans(seed)
     first, reference = next(iter(scans.items()))
     try:
-        to = {  # RAS mm of the reference -> of each scan
-            modality: np.eye(4) if modality == first else image.register(reference, scan)
-            for modality, scan in scans.items()
-        }
+        between = image.transforms(
+            image.register(scans['T1w'], scans['FLAIR']) if len(scans) > 1 else np.eye(4)
+        )
     except image.ImageError as error:
         print(f'{", ".join(map(str, visit.images.values()))}, {seed}: {error}', flush=True)
         return None
     passes = {}
-    grids = {modality: scan.grid for modality, scan in scans.items()}
-    for look in image.plan_passes(
-        grids.get('T1w'), grids.get('FLAIR'), np.linalg.inv(to.get('FLAIR', np.eye(4)))
-    ):
-        grid = image.model_grid(
-            scans[look], in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
-        )
-        images = {
-            modality: image.normalise(
-                image.resample(scan, grid, to[modality] @ np.linalg.inv(to[look]))
-            )
-            for modality, scan in scans.items()
-        }
+    for look, (images, grid) in image.to_model_grids(
+        scans, between['T1w', 'FLAIR'], in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
+    ).items():
         members = predict(
-            network, images, window=card.window, mirror=grid.lateral_axis, device='cpu'
+            network,
+            {modality: image.normalise(data) for modality, data in images.items()},
+            window=card.window,
+            mirror=grid.lateral_axis,
+            device='cpu',
         )
         passes[look] = (image.keep_brain(combine(members), grid), grid)
+    to = {look: between[first, look] for look in passes}
     joint = image.joint_probabilities(passes, reference.grid, to)
+    grids = {modality: scan.grid for modality, scan in scans.items()}
     result: dict[str, Any] = {'acquisition': acquisition(grids)}
     labels = image.label_map(joint)
     result['cut'] = CUT.verdict(quality.cut_mm2(labels > 0, reference.grid)) != 'pass'

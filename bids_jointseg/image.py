@@ -978,6 +978,61 @@ def plan_passes(
     return ('FLAIR', 'T1w') if finer else ('FLAIR',)
 
 
+def to_model_grids(
+    scans: Mapping[str, Volume],
+    t1w_to_flair: ArrayLike = _IDENTITY,
+    *,
+    in_plane_mm: float,
+    slice_mm: tuple[float, float],
+    fast: bool = False,
+    threads: int | None = None,
+) -> dict[str, tuple[dict[str, Float32], Grid]]:
+    """Bring all scans onto the grid of every pass of the network.
+
+    Parameters
+    ----------
+    scans
+        Modality -> scan.
+    t1w_to_flair
+        (4, 4), RAS mm of the T1w -> RAS mm of the FLAIR.
+    in_plane_mm, slice_mm
+        See :func:`model_grid`.
+    fast
+        Take the first pass only.
+    threads
+        See :func:`resample`.
+
+    Returns
+    -------
+    dict[str, tuple[dict[str, Float32], Grid]]
+        Whose slices the pass looks at (:func:`plan_passes`) -> modality -> image (X, Y, Z), and
+        their grid.
+    """
+    between = transforms(t1w_to_flair)
+    grids = {name: scan.grid for name, scan in scans.items()}
+    looks = plan_passes(grids.get('T1w'), grids.get('FLAIR'), between['FLAIR', 'T1w'])
+    passes = {}
+    for look in looks[: 1 if fast else None]:
+        grid = model_grid(scans[look], in_plane_mm=in_plane_mm, slice_mm=slice_mm)
+        images = {
+            name: resample(scan, grid, between[look, name], threads=threads)
+            for name, scan in scans.items()
+        }
+        passes[look] = (images, grid)
+    return passes
+
+
+def transforms(t1w_to_flair: ArrayLike = _IDENTITY) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Return (from, to) -> matrix that maps points, RAS mm, of one scan to the other."""
+    matrix = np.asarray(t1w_to_flair, dtype=float)
+    return {
+        ('T1w', 'T1w'): np.eye(4),
+        ('FLAIR', 'FLAIR'): np.eye(4),
+        ('T1w', 'FLAIR'): matrix,
+        ('FLAIR', 'T1w'): np.linalg.inv(matrix),
+    }
+
+
 def joint_probabilities(
     passes: Mapping[str, tuple[Float32, Grid]],
     target: Grid,

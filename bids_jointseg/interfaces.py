@@ -102,13 +102,7 @@ def _load_volumes(inputs: Any) -> dict[str, Volume]:
 
 def _between(transform: Any) -> dict[tuple[str, str], NDArray[Any]]:
     """Return (from, to) -> matrix that maps points, RAS mm, of one scan to the other."""
-    matrix = image.load_itk(transform) if isdefined(transform) else np.eye(4)
-    return {
-        ('T1w', 'T1w'): np.eye(4),
-        ('FLAIR', 'FLAIR'): np.eye(4),
-        ('T1w', 'FLAIR'): matrix,
-        ('FLAIR', 'T1w'): np.linalg.inv(matrix),
-    }
+    return image.transforms(image.load_itk(transform) if isdefined(transform) else np.eye(4))
 
 
 # --- the nodes ----------------------------------------------------------------------------------
@@ -247,7 +241,7 @@ class _PassesOutput(TraitedSpec):
 
 
 class ToModelGrid(SimpleInterface):
-    """Bring the scans onto the grid of every pass of the network (:func:`.image.resample`)."""
+    """Bring the scans onto the grid of every pass (:func:`.image.to_model_grids`)."""
 
     input_spec = _ToModelGridInput
     output_spec = _PassesOutput
@@ -261,22 +255,17 @@ class ToModelGrid(SimpleInterface):
                 f'the model takes {" and ".join(inputs.modalities)}, '
                 f'there is only {" and ".join(volumes)}: choose another --model'
             )
-        between = _between(inputs.transform)
-        grids = {name: volume.grid for name, volume in usable.items()}
-        references = image.plan_passes(
-            grids.get('T1w'), grids.get('FLAIR'), between['FLAIR', 'T1w']
+        passes = image.to_model_grids(
+            usable,
+            _between(inputs.transform)['T1w', 'FLAIR'],
+            in_plane_mm=inputs.in_plane_mm,
+            slice_mm=inputs.slice_mm,
+            fast=inputs.fast,
+            threads=1,
         )
-        passes = []
-        for reference in references[: 1 if inputs.fast else None]:
-            grid = image.model_grid(
-                usable[reference], in_plane_mm=inputs.in_plane_mm, slice_mm=inputs.slice_mm
-            )
-            images = {
-                name: image.resample(volume, grid, between[reference, name], threads=1)
-                for name, volume in usable.items()
-            }
-            passes.append(_save(reference, affine=grid.affine, **images))
-        self._results['passes'] = passes
+        self._results['passes'] = [
+            _save(look, affine=grid.affine, **images) for look, (images, grid) in passes.items()
+        ]
         return runtime
 
 
