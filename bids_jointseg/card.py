@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +51,10 @@ class ModelCard:
         are kept where their distance lies between the two.
     window
         Voxels of the windows that the network is used on, or None for whole volumes.
+    bias
+        Modalities given, as `T1w+FLAIR` -> class -> added to its logit (0 where none is named):
+        how ready the model is to see the class depends on what it is shown. Fitted on validation
+        people.
     temperature
         Probabilities are sharpened (below 1) or softened (above 1) by it: fitted on validation
         people, so that of the voxels to which 80 % is given 80 % are right.
@@ -77,6 +82,7 @@ class ModelCard:
     in_plane_mm: float = 1.0
     slice_mm: tuple[float, float] = (1.0, 1.0)
     window: tuple[int, int, int] | None = None
+    bias: dict[str, dict[str, float]] = field(default_factory=dict)
     temperature: float = 1.0
     repeatability: dict[str, dict[str, float]] = field(default_factory=dict)
     landmarks: dict[str, list[float]] | None = None
@@ -94,11 +100,21 @@ class ModelCard:
             raise ModelError(f'model {self.name!r} has not been saved: it has no weights file')
         return self.path.with_suffix('.safetensors')
 
+    def bias_for(self, modalities: Iterable[str]) -> tuple[float, ...]:
+        """Return what is added to the logit of each class where these modalities are given."""
+        named = self.bias.get(together(modalities), {})
+        return tuple(named.get(name, 0.0) for name in self.classes)
+
     def to_json(self) -> str:
         """Return the card as indented JSON."""
         record = asdict(self)
         del record['path']
         return json.dumps(record, indent=2, ensure_ascii=False) + '\n'
+
+
+def together(modalities: Iterable[str]) -> str:
+    """Return the name of a set of modalities, `T1w+FLAIR`."""
+    return '+'.join(sorted(modalities, key=MODALITIES.index))
 
 
 def read_weights(card: ModelCard) -> bytes:
@@ -169,6 +185,13 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
         low, high = card.slice_mm
         if not (0 < card.in_plane_mm < math.inf and 0 < low <= high < math.inf):
             raise TypeError('the grid is not a positive size')
+        for name, shifts in card.bias.items():
+            given = name.split('+')
+            if not set(given) <= set(card.modalities) or together(given) != name:
+                raise TypeError(f'bias of {name!r}: give modalities of the model, as "T1w+FLAIR"')
+            named = set(shifts) <= set(card.classes)
+            if not (named and all(map(math.isfinite, shifts.values()))):
+                raise TypeError(f'bias of {name}: not a finite number for each of its classes')
         if not 0 < card.temperature < math.inf:
             raise TypeError(f'temperature is {card.temperature}, not above zero')
         if card.window is not None and min(card.window) <= 0:

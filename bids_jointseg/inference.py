@@ -46,14 +46,22 @@ def fast_type(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def probabilities(network: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
-    """Return softmax probabilities `(B, C, X, Y, Z)` in float32; see :func:`fast_type`."""
+def probabilities(
+    network: nn.Module, images: Mapping[str, Tensor], bias: Sequence[float] = ()
+) -> Tensor:
+    """Return softmax probabilities `(B, C, X, Y, Z)` in float32; see :func:`fast_type`.
+
+    A `bias` is added to the logit of each class.
+    """
     device = next(iter(images.values())).device
     fast = fast_type(device)
     with torch.autocast(device.type, fast) if fast else nullcontext():
         logits = network(images)
     # One class after the other: the softmax is twice as fast as where channels lie last.
-    return logits.contiguous().float().softmax(1)
+    logits = logits.contiguous().float()
+    if any(bias):
+        logits += torch.tensor(bias, device=device)[:, None, None, None]
+    return logits.softmax(1)
 
 
 @torch.inference_mode()
@@ -61,6 +69,7 @@ def predict(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
     *,
+    bias: Sequence[float] = (),
     window: Sequence[int] | None = None,
     mirror: int | None = None,
     device: str = 'auto',
@@ -76,6 +85,8 @@ def predict(
         From :func:`bids_jointseg.network.load_model`.
     images
         Modality -> normalised image on the model's grid, `(X, Y, Z)`, all of one shape.
+    bias
+        Added to the logit of each class: :meth:`bids_jointseg.card.ModelCard.bias_for`.
     window
         Largest window in voxels, for a network whose normalisation depends on its size; by
         default as many slices as memory allows.
@@ -95,25 +106,26 @@ def predict(
         torch.set_num_threads(threads)
     target = choose_device(device)
     try:
-        return _both_ways(network, images, window, mirror, target)
+        return _both_ways(network, images, bias, window, mirror, target)
     except torch.cuda.OutOfMemoryError:
         LOGGER.warning('%s has too little free memory for this scan: using the CPU', target)
         torch.cuda.empty_cache()
-        return _both_ways(network, images, window, mirror, torch.device('cpu'))
+        return _both_ways(network, images, bias, window, mirror, torch.device('cpu'))
 
 
 def _both_ways(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
+    bias: Sequence[float],
     window: Sequence[int] | None,
     mirror: int | None,
     device: torch.device,
 ) -> list[NDArray[np.float32]]:
     """Return the answers for the images and, if asked, for their mirror images."""
-    members = [_predict(network, images, window, device)]
+    members = [_predict(network, images, bias, window, device)]
     if mirror is not None:
         mirrored = {name: np.flip(image, mirror) for name, image in images.items()}
-        members.append(np.flip(_predict(network, mirrored, window, device), mirror + 1))
+        members.append(np.flip(_predict(network, mirrored, bias, window, device), mirror + 1))
     return members
 
 
@@ -168,6 +180,7 @@ def agreement(members: Sequence[NDArray[np.float32]], name: str) -> NDArray[np.f
 def _predict(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
+    bias: Sequence[float],
     window: Sequence[int] | None,
     device: torch.device,
 ) -> NDArray[np.float32]:
@@ -182,7 +195,8 @@ def _predict(
             slice(start, min(start + width, size))
             for start, width, size in zip(corner, window, shape, strict=True)
         )
-        found = _one(network, {name: image[part] for name, image in images.items()}, device)
+        seen = {name: image[part] for name, image in images.items()}
+        found = _one(network, seen, bias, device)
         ramp = _ramp(found.shape[1:], [len(starts) > 1 for starts in axes])
         total[:, *part].addcmul_(found, ramp)
         weight[part] += ramp
@@ -190,7 +204,10 @@ def _predict(
 
 
 def _one(
-    network: nn.Module, images: Mapping[str, NDArray[np.float32]], device: torch.device
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    bias: Sequence[float],
+    device: torch.device,
 ) -> Tensor:
     """Return the probabilities of one window, `(C, X, Y, Z)`."""
     multiple: Sequence[int] = getattr(network, 'multiple', (1, 1, 1))
@@ -205,7 +222,7 @@ def _one(
         .to(device, memory_format=torch.channels_last_3d)
         for name, image in images.items()
     }  # fmt: skip
-    found = probabilities(network, tensors)[0]
+    found = probabilities(network, tensors, bias)[0]
     return found[:, : shape[0], : shape[1], : shape[2]].cpu()
 
 

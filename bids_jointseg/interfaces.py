@@ -298,7 +298,8 @@ class _SegmentInput(BaseInterfaceInputSpec):
     passes = InputMultiObject(File(), mandatory=True)
     model = traits.Str(mandatory=True, nohash=True, desc="the model's card")
     sha256 = traits.Str(mandatory=True, desc='of the weights: they decide, not where they lie')
-    temperature = traits.Float(1.0, usedefault=True, desc='of the calibration')
+    bias = traits.Dict({}, usedefault=True, desc='of the card')
+    temperature = traits.Float(1.0, usedefault=True, desc='of the card')
     fast = traits.Bool(False, usedefault=True, desc='without the mirror images')
     device = traits.Str('auto', usedefault=True, nohash=True)
     threads = traits.Int(1, usedefault=True, nohash=True)
@@ -331,6 +332,7 @@ class Segment(SimpleInterface):
             members = predict(
                 network,
                 images,
+                bias=card.bias_for(images),
                 window=card.window,
                 mirror=None if inputs.fast else grid.lateral_axis,
                 device=inputs.device,

@@ -80,6 +80,7 @@ def card_page(name: str) -> str:
         if card.window is None
         else ' x '.join(map(str, card.window)) + ' voxels',
         'Histogram scaling': 'none' if card.landmarks is None else 'landmarks in the card',
+        'Added to logits': _words(card.bias) or 'nothing',
         'Temperature': f'{card.temperature:g}'
         + (': probabilities as they come, not calibrated' if card.temperature == 1 else ''),
         'Half of an interval, per volume in doubt': _words(card.repeatability)

@@ -116,7 +116,11 @@ def test_lesions_put_in_and_filled_leave_the_volumes_unchanged():
 
     def segment(array: np.ndarray) -> np.ndarray:
         members = predict(
-            network, {'T1w': image.normalise(array)}, window=card.window, device='cpu'
+            network,
+            {'T1w': image.normalise(array)},
+            bias=card.bias_for(['T1w']),
+            window=card.window,
+            device='cpu',
         )
         return image.label_map(combine(members))
 

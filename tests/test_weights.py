@@ -78,7 +78,13 @@ def test_a_validation_person_is_segmented_as_well_as_the_card_says():
     card = read_card()
     grid = image.model_grid(scan, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm)
     normalised = image.normalise(image.resample(scan, grid))
-    (found,) = predict(load_model(card), {'T1w': normalised}, window=card.window, device='cpu')
+    (found,) = predict(
+        load_model(card),
+        {'T1w': normalised},
+        bias=card.bias_for(['T1w']),
+        window=card.window,
+        device='cpu',
+    )
     joint = image.joint_probabilities({'T1w': (found, grid)}, scan.grid, {'T1w': np.eye(4)})
     annotation = DATA / 'derivatives' / 'manual' / f'sub-{subject}' / 'ses-1' / 'anat'
     labels = nib.load(annotation / f'{name}_desc-neuromorphometrics_dseg.nii.gz')

@@ -526,6 +526,7 @@ def add_segmentation(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
+            bias=dict(card.bias),
             temperature=card.temperature,
             fast=fast,
             device=device,
@@ -630,6 +631,7 @@ def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed
         'version': __version__,
         'model': card.name,
         'weights': card.sha256,
+        'bias': dict(card.bias),
         'temperature': card.temperature,
         'repeatability': dict(card.repeatability),
         'level': level,
