@@ -53,7 +53,7 @@ from bids_jointseg.network import load_model
 from bids_jointseg.recipe import read_recipe
 
 TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
-PAINTINGS = (0, 100)
+PAINTINGS = (0, 100, 200, 300)
 """Seeds: each validation head is painted so many times."""
 SLICE_MM = 4.0
 DRAWS = 2
@@ -147,6 +147,7 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
         members = predict(
             network,
             {modality: image.normalise(data) for modality, data in images.items()},
+            bias=card.bias_for(images),
             window=card.window,
             mirror=grid.lateral_axis,
             device='cpu',

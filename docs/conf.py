@@ -82,7 +82,7 @@ def card_page(name: str) -> str:
         'Histogram scaling': 'none' if card.landmarks is None else 'landmarks in the card',
         'Added to logits': _words(card.bias) or 'nothing',
         'Temperature': f'{card.temperature:g}'
-        + (': probabilities as they come, not calibrated' if card.temperature == 1 else ''),
+        + ('' if 'calibration' in card.accuracy else ': probabilities are not calibrated'),
         'Half of an interval, per volume in doubt': _words(card.repeatability)
         or 'none: volumes come without intervals',
         'Weights': f'`{card.weights.name}`, SHA-256 `{card.sha256}`',
