@@ -135,7 +135,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         architecture,
         in_plane_mm=4.0,
         slice_mm=(4.0, 6.0),
-        bias={'T1w': {'L': -1.0}},
+        bias={'T1w': {'L': 0.1}},
         temperature=0.8,
         repeatability={
             f'{inputs}, {slices}': {'WM': k * factor}
