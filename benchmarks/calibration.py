@@ -142,7 +142,7 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
         return None
     passes = {}
     for look, (images, grid) in image.to_model_grids(
-        scans, between['T1w', 'FLAIR'], in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
+        scans, between, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
     ).items():
         members = predict(
             network,

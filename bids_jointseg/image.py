@@ -980,7 +980,7 @@ def plan_passes(
 
 def to_model_grids(
     scans: Mapping[str, Volume],
-    t1w_to_flair: ArrayLike = _IDENTITY,
+    between: Mapping[tuple[str, str], ArrayLike],
     *,
     in_plane_mm: float,
     slice_mm: tuple[float, float],
@@ -993,8 +993,8 @@ def to_model_grids(
     ----------
     scans
         Modality -> scan.
-    t1w_to_flair
-        (4, 4), RAS mm of the T1w -> RAS mm of the FLAIR.
+    between
+        From :func:`transforms`.
     in_plane_mm, slice_mm
         See :func:`model_grid`.
     fast
@@ -1008,7 +1008,6 @@ def to_model_grids(
         Whose slices the pass looks at (:func:`plan_passes`) -> modality -> image (X, Y, Z), and
         their grid.
     """
-    between = transforms(t1w_to_flair)
     grids = {name: scan.grid for name, scan in scans.items()}
     looks = plan_passes(grids.get('T1w'), grids.get('FLAIR'), between['FLAIR', 'T1w'])
     passes = {}
@@ -1022,7 +1021,7 @@ def to_model_grids(
     return passes
 
 
-def transforms(t1w_to_flair: ArrayLike = _IDENTITY) -> dict[tuple[str, str], NDArray[np.float64]]:
+def transforms(t1w_to_flair: ArrayLike) -> dict[tuple[str, str], NDArray[np.float64]]:
     """Return (from, to) -> matrix that maps points, RAS mm, of one scan to the other."""
     matrix = np.asarray(t1w_to_flair, dtype=float)
     return {

@@ -257,7 +257,7 @@ class ToModelGrid(SimpleInterface):
             )
         passes = image.to_model_grids(
             usable,
-            _between(inputs.transform)['T1w', 'FLAIR'],
+            _between(inputs.transform),
             in_plane_mm=inputs.in_plane_mm,
             slice_mm=inputs.slice_mm,
             fast=inputs.fast,
