@@ -147,7 +147,6 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
         members = predict(
             network,
             {modality: image.normalise(data) for modality, data in images.items()},
-            bias=card.bias_for(images),
             window=card.window,
             mirror=grid.lateral_axis,
             device='cpu',

@@ -46,12 +46,10 @@ def fast_type(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def probabilities(
-    network: nn.Module, images: Mapping[str, Tensor], bias: Sequence[float] = ()
-) -> Tensor:
+def probabilities(network: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
     """Return softmax probabilities `(B, C, X, Y, Z)` in float32; see :func:`fast_type`.
 
-    A `bias` is added to the logit of each class.
+    Logits are biased first, if the network is that of a card (:func:`.network.load_model`).
     """
     device = next(iter(images.values())).device
     fast = fast_type(device)
@@ -59,8 +57,9 @@ def probabilities(
         logits = network(images)
     # One class after the other: the softmax is twice as fast as where channels lie last.
     logits = logits.contiguous().float()
-    if any(bias):
-        logits += torch.tensor(bias, device=device)[:, None, None, None]
+    bias_for = getattr(network, 'bias_for', None)
+    if bias_for is not None:
+        logits += torch.tensor(bias_for(images), device=device)[:, None, None, None]
     return logits.softmax(1)
 
 
@@ -69,7 +68,6 @@ def predict(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
     *,
-    bias: Sequence[float] = (),
     window: Sequence[int] | None = None,
     mirror: int | None = None,
     device: str = 'auto',
@@ -85,8 +83,6 @@ def predict(
         From :func:`bids_jointseg.network.load_model`.
     images
         Modality -> normalised image on the model's grid, `(X, Y, Z)`, all of one shape.
-    bias
-        Added to the logit of each class: :meth:`bids_jointseg.card.ModelCard.bias_for`.
     window
         Largest window in voxels, for a network whose normalisation depends on its size; by
         default as many slices as memory allows.
@@ -106,26 +102,25 @@ def predict(
         torch.set_num_threads(threads)
     target = choose_device(device)
     try:
-        return _both_ways(network, images, bias, window, mirror, target)
+        return _both_ways(network, images, window, mirror, target)
     except torch.cuda.OutOfMemoryError:
         LOGGER.warning('%s has too little free memory for this scan: using the CPU', target)
         torch.cuda.empty_cache()
-        return _both_ways(network, images, bias, window, mirror, torch.device('cpu'))
+        return _both_ways(network, images, window, mirror, torch.device('cpu'))
 
 
 def _both_ways(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
-    bias: Sequence[float],
     window: Sequence[int] | None,
     mirror: int | None,
     device: torch.device,
 ) -> list[NDArray[np.float32]]:
     """Return the answers for the images and, if asked, for their mirror images."""
-    members = [_predict(network, images, bias, window, device)]
+    members = [_predict(network, images, window, device)]
     if mirror is not None:
         mirrored = {name: np.flip(image, mirror) for name, image in images.items()}
-        members.append(np.flip(_predict(network, mirrored, bias, window, device), mirror + 1))
+        members.append(np.flip(_predict(network, mirrored, window, device), mirror + 1))
     return members
 
 
@@ -180,7 +175,6 @@ def agreement(members: Sequence[NDArray[np.float32]], name: str) -> NDArray[np.f
 def _predict(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
-    bias: Sequence[float],
     window: Sequence[int] | None,
     device: torch.device,
 ) -> NDArray[np.float32]:
@@ -196,7 +190,7 @@ def _predict(
             for start, width, size in zip(corner, window, shape, strict=True)
         )
         seen = {name: image[part] for name, image in images.items()}
-        found = _one(network, seen, bias, device)
+        found = _one(network, seen, device)
         ramp = _ramp(found.shape[1:], [len(starts) > 1 for starts in axes])
         total[:, *part].addcmul_(found, ramp)
         weight[part] += ramp
@@ -206,7 +200,6 @@ def _predict(
 def _one(
     network: nn.Module,
     images: Mapping[str, NDArray[np.float32]],
-    bias: Sequence[float],
     device: torch.device,
 ) -> Tensor:
     """Return the probabilities of one window, `(C, X, Y, Z)`."""
@@ -222,7 +215,7 @@ def _one(
         .to(device, memory_format=torch.channels_last_3d)
         for name, image in images.items()
     }  # fmt: skip
-    found = probabilities(network, tensors, bias)[0]
+    found = probabilities(network, tensors)[0]
     return found[:, : shape[0], : shape[1], : shape[2]].cpu()
 
 

@@ -332,7 +332,6 @@ class Segment(SimpleInterface):
             members = predict(
                 network,
                 images,
-                bias=card.bias_for(images),
                 window=card.window,
                 mirror=None if inputs.fast else grid.lateral_axis,
                 device=inputs.device,

@@ -359,6 +359,8 @@ def begin_with(network: nn.Module, start: nn.Module) -> None:
 def load_model(card: ModelCard) -> nn.Module:
     """Return the network of a card with its weights, ready for inference.
 
+    Its `bias_for` is the card's, which :func:`.inference.probabilities` asks for.
+
     Raises
     ------
     ModelError
@@ -379,6 +381,7 @@ def load_model(card: ModelCard) -> nn.Module:
         raise ModelError(f'{card.path}: {error}') from error
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ModelError(f'{card.weights}: some weights are not finite numbers: train it again')
+    cast(Any, network).bias_for = card.bias_for
     return network.eval()
 
 

@@ -360,6 +360,13 @@ def _check(recipe: Recipe) -> None:
             _check_source(source, recipe)
         except ProtocolError as error:
             raise RecipeError(f'{source.name}: {error}') from error
+    streams = [source.stream for source in recipe.datasets]
+    for source, stream in zip(recipe.datasets, streams, strict=True):
+        if source.share is not None and streams.count(stream) == 1:
+            raise RecipeError(
+                f'{source.name}: share is {source.share}, but no other dataset is of the stream '
+                f'{stream!r}: leave it out'
+            )
 
 
 def _check_source(source: Source, recipe: Recipe) -> None:
@@ -380,8 +387,8 @@ def _check_source(source: Source, recipe: Recipe) -> None:
     both = sorted(set(source.validation) & set(source.test))
     if both:
         raise RecipeError(f'{name}: {", ".join(both)} in validation and in test')
-    if source.share is not None and source.share < 0:
-        raise RecipeError(f'{name}: share is {source.share}: give a number from 0')
+    if source.share is not None and source.share <= 0:
+        raise RecipeError(f'{name}: share is {source.share}: give a number above 0')
     if bool(source.annotation) != bool(source.protocol):
         raise RecipeError(
             f'{name}: give both annotation, the folder of its label maps, and protocol, what '

@@ -118,7 +118,6 @@ def test_lesions_put_in_and_filled_leave_the_volumes_unchanged():
         members = predict(
             network,
             {'T1w': image.normalise(array)},
-            bias=card.bias_for(['T1w']),
             window=card.window,
             device='cpu',
         )

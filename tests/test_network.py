@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,16 +206,15 @@ def test_the_mirror_image_is_averaged_in():
     np.testing.assert_allclose(both, other[:, ::-1], atol=1e-5)
 
 
-def test_a_bias_shifts_the_odds_of_the_class_it_names_for_the_scans_it_names():
-    shift = {'T1w+FLAIR': {'L': 1.0}}
-    card = ModelCard('one', '0', {}, bias=shift)
+def test_a_bias_shifts_the_odds_of_the_class_it_names_for_the_scans_it_names(saved):
+    card = replace(read_card(saved.path), bias={'FLAIR': {'L': 1.0}, 'T1w+FLAIR': {'L': 1.0}})
     assert card.bias_for(['FLAIR', 'T1w']) == tuple(float(name == 'L') for name in CLASSES)
     assert not any(card.bias_for(['T1w']))
-    network = build({'name': 'unet', 'channels': (2, 4)}).eval()
+    plain_network, biased = load_model(saved), load_model(card)
     rng = np.random.default_rng(0)
     images = {name: rng.normal(size=(8, 8, 8)).astype(np.float32) for name in ('T1w', 'FLAIR')}
-    (plain,) = predict(network, images, device='cpu')
-    (shifted,) = predict(network, images, bias=card.bias_for(images), device='cpu')
+    (plain,) = predict(plain_network, images, device='cpu')
+    (shifted,) = predict(biased, images, device='cpu')
     odds = (p[CLASSES.index('L')] / (1 - p[CLASSES.index('L')]) for p in (shifted, plain))
     np.testing.assert_allclose(np.divide(*odds), np.e, rtol=1e-3)
     np.testing.assert_allclose(shifted.sum(axis=0), 1, rtol=1e-5)

@@ -44,13 +44,13 @@ root = '/elsewhere/tissue'
 modalities = ['T1w']
 annotation = '.'
 protocol = 'own.tsv'
-share = 2
 [[datasets]]
 name = 'more'
 modalities = ['T1w', 'FLAIR']
 [[datasets]]
 name = 'hidden'
 modalities = ['T1w', 'FLAIR']
+share = 2
 annotation = '.'
 protocol = 'mrbrains18'
 tells = ['L']
@@ -117,6 +117,7 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f"{HEAD}{TISSUE}test = ['1']\nvalidation = ['sub-1']", '1 in validation and in test'),
         (f"{HEAD}{TISSUE}tells = ['GM']", "a: no such class: 'GM'"),
         (f'{HEAD}{TISSUE}share = -1', 'share is -1'),
+        (f'{HEAD}{TISSUE}share = 2', "share is 2.*no other dataset is of the stream 'lesions'"),
         (f"folds = 'two'\n{HEAD}{TISSUE}", 'a value is of the wrong kind'),
         (f"{HEAD}[datasets]\nname = 'a'", r'write each dataset as \[\[datasets\]\]'),
         (f'{HEAD}{TISSUE}lesion_masks = true', 'no modalities'),

@@ -81,7 +81,6 @@ def test_a_validation_person_is_segmented_as_well_as_the_card_says():
     (found,) = predict(
         load_model(card),
         {'T1w': normalised},
-        bias=card.bias_for(['T1w']),
         window=card.window,
         device='cpu',
     )
