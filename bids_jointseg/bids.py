@@ -147,10 +147,11 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
     subjects = sorted(path.name[4:] for path in root.glob('sub-*') if path.is_dir())
     if not subjects:
         raise DataError(f'{root}: no folder sub-*: give the root of a BIDS dataset')
-    unknown = [label for label in settings.participant_label if label not in subjects]
+    unknown = sorted(set(settings.participant_label) - set(subjects))
     if unknown:
         raise BidsError(f'{root}: no participant {", ".join(unknown)}: check --participant-label')
-    chosen = [label for label in subjects if label in (settings.participant_label or subjects)]
+    # A dictionary keeps their order, and finds one of thousands at once.
+    chosen = dict.fromkeys(sorted(settings.participant_label) or subjects)
     filters = read_filters(settings.bids_filter_file)
     layout = _index(settings)
     restricted = bool(settings.session_label or any(filters.values()))
