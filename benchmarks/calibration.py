@@ -14,9 +14,9 @@ On the recipe's validation people, never on its test people:
   another position, with another coil, contrast, calibration and noise. Half of a volume's 95 %
   interval is `k` times the volume that the probabilities leave in doubt, `k = t rms(dV /
   sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of it, with Student's t for as
-  many degrees of freedom as there are visits among them, since these are few. Acquisitions whose
-  edge cuts the brain are left out: of these the app warns, for what is not in the scan no
-  interval can tell. So are those whose two scans the app refuses to align.
+  many degrees of freedom as there are visits among them, since these are few. Visits and
+  acquisitions that quality control does not pass are left out: of these the app warns. So are
+  those whose two scans the app refuses to align.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,19 +47,18 @@ from bids_jointseg.augment import smooth_field
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid, Volume
-from bids_jointseg.inference import combine, predict
+from bids_jointseg.inference import combine, consensus, predict
 from bids_jointseg.interfaces import acquisition
 from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
 from bids_jointseg.network import load_model
-from bids_jointseg.recipe import read_recipe
+from bids_jointseg.recipe import Source, read_recipe
 
 TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
-PAINTINGS = (0, 100, 200, 300)
+PAINTINGS = tuple(range(0, 800, 100))
 """Seeds: each validation head is painted so many times."""
 SLICE_MM = 4.0
 DRAWS = 2
 NAMES = (*CLASSES[1:], 'brain')
-(CUT,) = (rule for rule in quality.RULES if rule.measure == 'cut_mm2')
 
 
 def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
@@ -122,8 +122,21 @@ def visits_of(images: Mapping[str, Path], case: Case | None = None) -> list[Visi
     ]
 
 
+def _painted(sources: Mapping[str, Source], data: Path, out: Path, seed: int) -> dict[str, Case]:
+    """Return the validation heads as one seed paints them."""
+    heads = paint_heads(
+        sources['heads'],
+        sources['openms-mni'],
+        data,
+        'validation',
+        out / f'heads{seed}',
+        seed=seed,
+    )
+    return {f'{name}, {seed}': case for name, case in heads.items()}
+
+
 def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | None:
-    """Segment a visit as the app does, at temperature 1, and compare it with its labels.
+    """Segment a visit as the app does, at temperature 1, judge it, and compare it with its labels.
 
     A seed acquires it again; its labels are then elsewhere. None where it cannot be aligned.
     """
@@ -140,7 +153,7 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
     except image.ImageError as error:
         print(f'{", ".join(map(str, visit.images.values()))}, {seed}: {error}', flush=True)
         return None
-    passes = {}
+    passes, agreed = {}, []
     for look, (images, grid) in image.to_model_grids(
         scans, between, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
     ).items():
@@ -151,13 +164,22 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
             mirror=grid.lateral_axis,
             device='cpu',
         )
+        agreed.append(consensus(members))
         passes[look] = (image.keep_brain(combine(members), grid), grid)
     to = {look: between[first, look] for look in passes}
     joint = image.joint_probabilities(passes, reference.grid, to)
     grids = {modality: scan.grid for modality, scan in scans.items()}
     result: dict[str, Any] = {'acquisition': acquisition(grids)}
     labels = image.label_map(joint)
-    result['cut'] = CUT.verdict(quality.cut_mm2(labels > 0, reference.grid)) != 'pass'
+    result['verdict'], _ = quality.judge(
+        quality.measure(
+            scans,
+            labels,
+            between=between,
+            doubt_mm3=image.doubt_mm3(joint, labels, reference.grid),
+            agreement=min(agreed),
+        )
+    )
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
     result['volumes']['brain'] = sum(result['volumes'].values())
     truth = _truth(visit.case, reference.grid) if visit.case and not seed else None
@@ -244,38 +266,27 @@ def main() -> None:
     cases: dict[str, Case] = {}
     if 'neuromorphometrics' in sources:
         cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
-    for seed in PAINTINGS:
-        heads = paint_heads(
-            sources['heads'],
-            sources['openms-mni'],
-            options.data,
-            'validation',
-            options.out / f'heads{seed}',
-            seed=seed,
-        )
-        cases |= {f'{name}, {seed}': case for name, case in heads.items()}
+    pool = ProcessPoolExecutor(options.nprocs, get_context('spawn'))
+    painted = pool.map(partial(_painted, sources, options.data, options.out), PAINTINGS)
+    cases |= {name: case for heads in painted for name, case in heads.items()}
     raw = annotated_scans(sources['openms'], options.data / sources['openms'].root)
     told = [visit for case in cases.values() for visit in visits_of(case.images, case)]
-    visits = [
-        *told,
-        *(replace(visit, sliced=True) for visit in told),
-        *(
-            visit
-            for item in raw
-            for visit in visits_of({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair})
-        ),
+    clinical = [
+        visit
+        for item in raw
+        for visit in visits_of({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair})
     ]
+    found = list(pool.map(measure, [(options.model, visit, None) for visit in told]))
+    sound = [v for v, r in zip(told, found, strict=True) if r and r['verdict'] == 'pass']
+    print(f'{len(sound)} of {len(told)} visits pass quality control', flush=True)
+    visits = [*sound, *(replace(visit, sliced=True) for visit in sound), *clinical]
     jobs = [
-        *((options.model, visit, None) for visit in told),
-        *(
-            (options.model, visit, (number, draw))
-            for number, visit in enumerate(visits)
-            for draw in range(DRAWS)
-        ),
+        (options.model, visit, (number, draw))
+        for number, visit in enumerate(visits)
+        for draw in range(DRAWS)
     ]
-    with ProcessPoolExecutor(options.nprocs, get_context('spawn')) as pool:
-        results = list(pool.map(measure, jobs))
-    found, again = results[: len(told)], results[len(told) :]
+    again = list(pool.map(measure, jobs))
+    pool.shutdown()
 
     known = [r for r in found if r]
     likelihood = np.array([r['nll'] for r in known])
@@ -287,7 +298,7 @@ def main() -> None:
     ratios: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for number in range(len(visits)):
         every = again[number * DRAWS : (number + 1) * DRAWS]
-        drawn = [r for r in every if r and not r['cut']]
+        drawn = [r for r in every if r and r['verdict'] == 'pass']
         for name in NAMES:
             pairs = [
                 (a['volumes'][name] - b['volumes'][name])

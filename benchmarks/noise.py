@@ -24,6 +24,7 @@ from scipy import ndimage
 from bids_jointseg import longitudinal
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.image import load_scan, save
+from bids_jointseg.lesions import fill_lesions
 from bids_jointseg.quality import INDEX
 from bids_jointseg.recipe import read_recipe
 
@@ -56,14 +57,15 @@ def rows(out: Path, name: str) -> list[dict[str, str]]:
 def taken_out(bids: Path, out: Path, subject: str) -> list[str]:
     """Take lesions of both sessions out of the first, and return what each is called then.
 
-    Its voxels become white matter, and up to two voxels around them nothing shows a lesion. Those
-    that touch another one afterwards are left out.
+    Its voxels become white matter, and up to two voxels around them nothing shows a lesion,
+    neither the probabilities nor the FLAIR. Those that touch another one afterwards are left out.
     """
     ((earlier, later),) = longitudinal.find_visits(out, bids, subject)
     record = json.loads(later.file('desc-longitudinal_morph.json').read_text())
     matrix = np.array(record['comparisons'][0]['later_to_earlier'])
     before, after = earlier.segmentation(), later.segmentation()
     assert before.probability is not None
+    assert before.flair is not None
     numbers, _ = before.numbered()
     called = []
     for row in longitudinal.compare_lesions(before, after, matrix):
@@ -71,10 +73,15 @@ def taken_out(bids: Path, out: Path, subject: str) -> list[str]:
             continue
         lesion = np.isin(numbers, [int(number) for number in row['before_lesions'].split()])
         around = ndimage.binary_dilation(lesion, np.ones((3, 3, 3)), iterations=2)
+        labels = np.where(lesion, INDEX['WM'], before.labels)
+        # What is filled is called L for that, and no other lesion lends its brightness.
+        other = np.where(labels == INDEX['L'], INDEX['CGM'], labels)
+        hole = np.where(lesion | (around & (labels == INDEX['WM'])), INDEX['L'], other)
         without = longitudinal.Segmentation(
-            np.where(lesion, INDEX['WM'], before.labels),
+            labels,
             before.grid,
             np.where(around, np.minimum(before.probability, 0.03), before.probability),
+            fill_lesions(before.flair, hole, before.grid),
         )
         called += [
             found['change']

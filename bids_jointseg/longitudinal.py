@@ -60,7 +60,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger('bids_jointseg')
 
-LESION = next(label.index for label in LABELS if label.abbreviation == 'L')
+WHITE, LESION = (
+    next(label.index for label in LABELS if label.abbreviation == name) for name in ('WM', 'L')
+)
 
 TOLERANCE_VOXELS = 2.0
 """Farthest centre of a voxel of the same lesion: the two would touch if one grew by a voxel. The
@@ -80,7 +82,15 @@ SMALLEST_VOXELS = 3
 EVIDENCE = 0.5
 """By how much the probability of lesion has to rise (or fall) for each voxel by which a lesion is
 larger (or smaller) than before, on average: half of the range, as from even odds to certainty.
-Less is a voxel that was nearly lesion before and is just lesion now."""
+Less is a voxel that was nearly lesion before and is just lesion now. As much is asked of the
+FLAIR, in units of how far the lesion stands out from the white matter around it."""
+
+AROUND_MM = (2.0, 10.0)
+"""How far from a lesion the white matter lies that it is compared with: beyond its own rim, and
+near enough to be as bright for the coil."""
+
+AROUND_VOXELS = 30
+"""Fewest voxels of that white matter that tell how bright it is."""
 
 RELATIVE = 0.25
 """Least growth or shrinkage as a share of the smaller volume (Goodkin et al., 1992: twice the
@@ -115,6 +125,8 @@ RULES = {
     'smallest_mm3': round(SMALLEST_MM3, 2),
     'smallest_voxels': SMALLEST_VOXELS,
     'evidence': EVIDENCE,
+    'around_mm': list(AROUND_MM),
+    'around_voxels': AROUND_VOXELS,
     'relative': RELATIVE,
     'boundary': BOUNDARY,
     'thick_mm': image.THICK_MM,
@@ -393,11 +405,14 @@ class Segmentation:
         Where the voxels lie.
     probability
         (X, Y, Z) of lesion, 0 to 1, or None where it was not kept.
+    flair
+        (X, Y, Z), of any brightness, or None where it was not kept.
     """
 
     labels: NDArray[np.integer]
     grid: Grid
     probability: NDArray[np.floating] | None = None
+    flair: NDArray[np.floating] | None = None
 
     @property
     def brain(self) -> NDArray[np.bool_]:
@@ -512,7 +527,7 @@ class _Side:
         self, own: Segmentation, other: Segmentation, to_other: NDArray[Any], *, tilted: bool
     ) -> None:
         parts, self.count = own.numbered()
-        self.own, self.to_other, self.tilted = own, to_other, tilted
+        self.own, self.other, self.to_other, self.tilted = own, other, to_other, tilted
         self.voxels = np.argwhere(parts)
         self.number = parts[tuple(self.voxels.T)]
         self.sizes = np.bincount(self.number, minlength=self.count + 1)
@@ -520,22 +535,25 @@ class _Side:
         self.surfaces = np.bincount(parts[(parts > 0) & ~inner], minlength=self.count + 1)
         points = _points(self.voxels, own.grid.affine)
         self.sums = np.stack([self._sum(column) for column in points.T], axis=-1)
-        to_voxels = np.linalg.inv(other.grid.affine)
-        self.places = _points(_points(points, to_other), to_voxels)
+        self.to_places = np.linalg.inv(other.grid.affine) @ to_other
+        self.places = _points(points, self.to_places)
+        shifts = _slice_shifts(own, other, to_other)
+        self.shifts = shifts @ np.linalg.inv(other.grid.affine)[:3, :3].T
         # Outside of the other scan there is no brain either.
-        seen = ndimage.map_coordinates(other.brain.astype(np.float32), self.places.T, order=0)
+        seen = _values(other.brain, self.places, order=0)
         self.seen = self._sum(seen) / np.maximum(self.sizes, 1)
         self.rise = None
         if own.probability is not None and other.probability is not None:
-            field = np.asarray(other.probability, np.float32)
-            shifts = _slice_shifts(own, other, to_other) @ to_voxels[:3, :3].T
-            there = np.max(
-                [ndimage.map_coordinates(field, (self.places + s).T, order=1) for s in shifts], 0
-            )
+            there = self._highest(other.probability, self.places)
             self.rise = self._sum(own.probability[tuple(self.voxels.T)] - there)
 
     def _sum(self, values: NDArray[Any]) -> NDArray[Any]:
         return np.bincount(self.number, values, minlength=self.count + 1)
+
+    def _highest(self, field: NDArray[Any], places: NDArray[Any]) -> NDArray[Any]:
+        """Return the highest values of the other scan where its slices may have cut the same."""
+        values = [_values(field, places + shift) for shift in self.shifts]
+        return np.asarray(np.max(values, axis=0))
 
     def sure(self, part: NDArray[np.integer], mm3: Sequence[float]) -> bool:
         """Tell whether there is evidence that there is more of these lesions in this scan."""
@@ -549,7 +567,47 @@ class _Side:
             if len(np.unique(slices)) < TILTED_SLICES:
                 return False
         gained = abs(mm3[1] - mm3[0]) / self.own.voxel_mm3
-        return self.rise is None or bool(self.rise[part].sum() >= EVIDENCE * gained)
+        if self.rise is not None and self.rise[part].sum() < EVIDENCE * gained:
+            return False
+        return self._brighter(part, gained)
+
+    def _brighter(self, part: NDArray[np.integer], gained: float) -> bool:
+        """Tell whether the FLAIRs show it, too, if they can.
+
+        What was as bright against the white matter around it before is no other now, whatever
+        the coil and the contrast made of its probability.
+        """
+        own, other = self.own.flair, self.other.flair
+        if own is None or other is None:
+            return True
+        chosen = np.isin(self.number, part)
+        voxels, places = self.voxels[chosen], self.places[chosen]
+        around = self._white_around(voxels)
+        there = _points(_points(around, self.own.grid.affine), self.to_places)
+        white = _values(self.other.labels == WHITE, there, order=0) > 0
+        if white.sum() < AROUND_VOXELS:
+            return True
+        levels = [np.median(own[tuple(around[white].T)]), np.median(_values(other, there[white]))]
+        if min(levels) <= 0:
+            return True
+        now = own[tuple(voxels.T)] / levels[0] - 1
+        before = self._highest(other, places) / levels[1] - 1
+        contrast = float(now.mean())
+        return contrast > 0 and float((now - before).sum()) >= EVIDENCE * contrast * gained
+
+    def _white_around(self, voxels: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return the voxels of white matter around some of a lesion, `(n, 3)`."""
+        spacing = self.own.grid.spacing_mm
+        reach = np.ceil(AROUND_MM[1] / spacing).astype(int)
+        low = np.maximum(voxels.min(0) - reach, 0)
+        high = voxels.max(0) + reach + 1
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        labels = self.own.labels[box]
+        outside = np.ones(labels.shape, bool)
+        outside[tuple((voxels - low).T)] = False
+        distance = ndimage.distance_transform_edt(outside, sampling=spacing)
+        near = (distance > AROUND_MM[0]) & (distance <= AROUND_MM[1])
+        return np.argwhere((labels == WHITE) & near) + low
 
     def near(self, other: _Side) -> NDArray[np.integer]:
         """Return pairs (own, other) of lesions that are the same, on the grid of the other."""
@@ -563,6 +621,12 @@ class _Side:
         close = np.isfinite(distance)
         pairs = np.stack([self.number[close], other.number[nearest[close]]], axis=-1)
         return np.unique(pairs, axis=0)
+
+
+def _values(field: NDArray[Any], places: NDArray[Any], order: int = 1) -> NDArray[np.float32]:
+    """Return what a volume shows at voxels `(n, 3)`, interpolated; 0 outside."""
+    array = np.asarray(field, np.float32)
+    return np.asarray(ndimage.map_coordinates(array, places.T, order=order))
 
 
 def _slice_shifts(
@@ -673,7 +737,8 @@ class Visit:
         if self.probability is not None:
             stored: Any = nib.load(self.probability)
             probability = np.asarray(stored.dataobj, np.float32)
-        return Segmentation(labels.data.astype(np.uint8), labels.grid, probability)
+        flair = image.load_scan(self.shown).data if _suffix(self.shown.name) == 'FLAIR' else None
+        return Segmentation(labels.data.astype(np.uint8), labels.grid, probability, flair)
 
 
 def _interval(row: Mapping[str, Any], *keys: str) -> Interval:
@@ -842,9 +907,15 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
                 'lesions': {
                     name: sum(row['change'] == name for row in rows) for name in reports.CHANGES
                 },
-                'evidence': 'labels and probabilities'
-                if before.probability is not None and after.probability is not None
-                else 'labels',
+                'evidence': ', '.join(
+                    name
+                    for name, *arrays in (
+                        ('labels', before.labels, after.labels),
+                        ('probabilities', before.probability, after.probability),
+                        ('FLAIR', before.flair, after.flair),
+                    )
+                    if all(array is not None for array in arrays)
+                ),
                 'later_to_earlier': matrix.round(6).tolist(),
                 'registration_disagreement_mm': round(apart, 3),
                 'notes': notes,

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -84,8 +85,8 @@ def head(grid, lesions=LESIONS, *, place=IDENTITY, seed=0, noise=4.0):
 
 def found(lesions, **options):
     grid = options.pop('grid', grid_of(spacing=(1.0, 1.0, 1.0), size=(80, 80, 44)))
-    _, labels, probability = head(grid, lesions, **options)
-    return Segmentation(labels, grid, probability)
+    scan, labels, probability = head(grid, lesions, **options)
+    return Segmentation(labels, grid, probability, scan.data)
 
 
 def classes(rows):
@@ -224,6 +225,40 @@ def test_a_lesion_that_was_nearly_one_before_is_not_new():
     # Without probabilities, the labels alone decide.
     bare = Segmentation(without.labels, without.grid), Segmentation(with_it.labels, with_it.grid)
     assert 'new' in classes(compare_lesions(*bare, IDENTITY))
+
+
+def test_what_the_flair_showed_before_is_not_new():
+    """A coil lets the network see one scan's lesion and miss the other's: the scans are alike."""
+    both = LESIONS | {'d': ((30, 25, 10), 4.0)}
+    later, scan = found(both), found(both, seed=1)
+    x = np.linspace(-1, 1, scan.labels.shape[0])[:, None, None]
+    missed = found(LESIONS)
+    for flair, change in (
+        (None, 'new'),
+        (missed.flair, 'new'),
+        (scan.flair * np.exp(0.5 * x), 'unclear'),
+        (3 * missed.flair * np.exp(0.5 * x), 'new'),
+    ):
+        before = replace(missed, flair=flair)
+        expected = sorted(['stable'] * 3 + [change])
+        assert classes(compare_lesions(before, later, IDENTITY)) == expected
+        expected = sorted(['stable'] * 3 + [OPPOSITE.get(change, change)])
+        assert classes(compare_lesions(later, before, IDENTITY)) == expected
+
+
+def test_a_growth_that_the_flair_does_not_show_is_none():
+    large, small = (found({'d': ((30, 25, 10), radius)}) for radius in (7.0, 4.0))
+    assert classes(compare_lesions(small, large, IDENTITY)) == ['enlarged']
+    same = replace(small, flair=large.flair)
+    assert classes(compare_lesions(same, large, IDENTITY)) == ['stable']
+
+
+def test_a_lesion_without_white_matter_around_is_judged_without_its_flair():
+    later = found({'d': ((30, 25, 10), 4.0)})
+    labels = np.where(later.labels == longitudinal.WHITE, 8, later.labels)
+    before = replace(later, labels=np.where(labels == longitudinal.LESION, 8, labels),
+                     probability=np.zeros_like(later.probability))  # fmt: skip
+    assert classes(compare_lesions(before, replace(later, labels=labels), IDENTITY)) == ['new']
 
 
 THICK = (1.0, 1.0, 3.0)
