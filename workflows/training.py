@@ -62,7 +62,7 @@ class Item:
     @property
     def name(self) -> str:
         """Name of its workflow."""
-        return re.sub(r'\W', '_', f'{self.source.name}_{self.found.name}')
+        return _word(f'{self.source.name}_{self.found.name}')
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,11 @@ def _data_folder(options: Options) -> Path:
 
 def _work(options: Options) -> Path:
     return (options.work_dir or options.out_dir / 'work').absolute()
+
+
+def _word(name: str) -> str:
+    """Return a name as that of a workflow, so that recipes can share a work folder."""
+    return re.sub(r'\W', '_', name)
 
 
 def _fold_folder(options: Options, recipe: Recipe, fold: int) -> Path:
@@ -438,7 +443,7 @@ def _train(
         )
         part = Workflow(f'fold_{fold}')
         part.add_nodes([node])
-        workflow = Workflow('train', base_dir=str(_work(options)))
+        workflow = Workflow(f'train_{_word(recipe.name)}', base_dir=str(_work(options)))
         workflow.add_nodes([part])
         # In this process, for the sake of its progress bar and of Ctrl-C.
         failed = _run(options, workflow, {part.name: f'fold {fold}'}, 'Linear')
@@ -461,13 +466,13 @@ def _score(
     fold: int,
     card: ModelCard,
 ) -> tuple[list[execution.Failure], list[dict[str, Any]]]:
-    workflow = Workflow(f'score_{fold}', base_dir=str(_work(options)))
+    workflow = Workflow(f'score_{_word(recipe.name)}_{fold}', base_dir=str(_work(options)))
     names = {}
     for item in _test_items(items, _split(recipe, items, masks, fold)):
         painted = item.found.scan is None
         found = _painted(options, item) if painted else item.found
         for inputs, scan in _variants(found.scan, found.annotation):
-            name = re.sub(r'\W', '_', f'{item.name}_{inputs}')
+            name = _word(f'{item.name}_{inputs}')
             names[name] = f'{item.source.name} {item.found.name} from {inputs}'
             workflow.add_nodes([
                 init_score_wf(
