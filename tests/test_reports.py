@@ -624,7 +624,7 @@ def test_usual_range():
 # --- in a browser -------------------------------------------------------------------------------
 
 PROBE = """<!DOCTYPE html><title>probe</title>
-<iframe id="page" src="{name}" width="1280" height="900"></iframe><pre id="found"></pre><script>
+<iframe id="page" src="{name}" width="{width}" height="900"></iframe><pre id="found"></pre><script>
 addEventListener('load', () => {{
   const page = document.getElementById('page').contentDocument;
   const seen = (node) => node.getBoundingClientRect().height > 0;
@@ -638,7 +638,7 @@ addEventListener('load', () => {{
   if (sort) sort.click();
   document.getElementById('found').textContent = JSON.stringify({{
     loaded: images.every((image) => image.naturalWidth === 1200),
-    overflow: page.documentElement.scrollWidth > 1280,
+    overflow: page.documentElement.scrollWidth > {width},
     groups,
     requests: page.defaultView.performance.getEntriesByType('resource')
       .map((entry) => entry.name).filter((name) => !name.startsWith('data:')),
@@ -648,13 +648,13 @@ addEventListener('load', () => {{
 </script>"""
 
 
-def browse(folder, name):
+def browse(folder, name, width=1280):
     """Open a page in headless Chromium and return what the probe found in it."""
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
     if not chromium:
         pytest.skip('chromium is not installed')
     probe = folder / 'probe.html'
-    probe.write_text(PROBE.format(name=name))
+    probe.write_text(PROBE.format(name=name, width=width))
     flags = (
         '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run '
         '--disable-background-networking --disable-component-update --disable-sync '
@@ -695,3 +695,16 @@ def test_group_page_in_a_browser(tmp_path):
     assert not found['overflow']
     assert not found['requests']
     assert found['first'] == 'sub-04_ses-a'  # the smallest brain, once sorted by it
+
+
+def test_group_page_fits_on_paper(tmp_path):
+    cohort(tmp_path)
+    page = reports.group_report(tmp_path)
+    text = page.read_text(encoding='utf-8')
+    words = 'the brain reaches the edge of the scan (3902 mm²): volumes may be too small; ' * 2
+    text = text.replace('<td class="words"></td>', f'<td class="words">{words}</td>')
+    assert words in text
+    printed = page.with_name('printed.html')
+    printed.write_text(text.replace('@media print', '@media all'), encoding='utf-8')
+    paper_px = round((297 - 2 * 14) / 25.4 * 96)  # landscape A4 within its margins
+    assert not browse(tmp_path, printed.name, paper_px)['overflow']
