@@ -97,7 +97,14 @@ def tissue_scans(source: Source, data: Path, part: str) -> dict[str, Case]:
 
 
 def paint_heads(
-    heads: Source, patients: Source, data: Path, part: str, folder: Path, *, seed: int = 0
+    heads: Source,
+    patients: Source,
+    data: Path,
+    part: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    intact: bool = False,
 ) -> dict[str, Case]:
     """Paint whole heads, each with the lesions of another unseen patient."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +122,7 @@ def paint_heads(
                 protocol=heads.protocol,
                 masks=[str(path) for path in masks],
                 seed=number,
+                intact=intact,
                 stem=str(stem),
             ).run()
         made[item.subject] = Case(item.subject, images, labels, 'jointseg')

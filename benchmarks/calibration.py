@@ -54,8 +54,8 @@ from bids_jointseg.network import load_model
 from bids_jointseg.recipe import Source, read_recipe
 
 TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
-PAINTINGS = tuple(range(0, 800, 100))
-"""Seeds: each validation head is painted so many times."""
+PAINTINGS = (0, 100, 200, 300)
+"""Seeds: each validation head is painted so many times, as nothing but tissue and contrast."""
 SLICE_MM = 4.0
 DRAWS = 2
 NAMES = (*CLASSES[1:], 'brain')
@@ -103,20 +103,26 @@ class Visit:
 
     images: dict[str, Path]
     case: Case | None = None
+    painted: bool = False
     sliced: bool = False
 
     def scans(self, seed: tuple[int, int] | None) -> dict[str, Volume]:
-        """Return the scans as they are, or as acquired again."""
+        """Return the scans as they are (painted ones acquired where they lie), or again."""
         scans = {name: image.load_scan(path) for name, path in self.images.items()}
         if seed:
             scans = scanned_again(scans, *seed)
+        elif self.painted:
+            rng = np.random.default_rng(7)
+            scans = {name: _acquired(scan, np.eye(4), rng) for name, scan in scans.items()}
         return resliced(scans, SLICE_MM) if self.sliced else scans
 
 
-def visits_of(images: Mapping[str, Path], case: Case | None = None) -> list[Visit]:
+def visits_of(
+    images: Mapping[str, Path], case: Case | None = None, *, painted: bool = False
+) -> list[Visit]:
     """Return what can be asked of a person's scans: both, and each alone."""
     return [
-        Visit({name: images[name] for name in inputs}, case)
+        Visit({name: images[name] for name in inputs}, case, painted)
         for inputs in INPUTS
         if set(inputs) <= set(images)
     ]
@@ -131,16 +137,21 @@ def _painted(sources: Mapping[str, Source], data: Path, out: Path, seed: int) ->
         'validation',
         out / f'heads{seed}',
         seed=seed,
+        intact=True,
     )
     return {f'{name}, {seed}': case for name, case in heads.items()}
 
 
-def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | None:
-    """Segment a visit as the app does, at temperature 1, judge it, and compare it with its labels.
+Job = tuple[str, Visit, tuple[int, int] | None, float]
+"""Model, visit, seed of an acquisition or None, and temperature."""
+
+
+def measure(job: Job) -> dict[str, Any] | None:
+    """Segment a visit as the app does, judge it, and compare it with its labels.
 
     A seed acquires it again; its labels are then elsewhere. None where it cannot be aligned.
     """
-    model, visit, seed = job
+    model, visit, seed, temperature = job
     torch.set_num_threads(1)
     card = read_card(model)
     network = load_model(card)
@@ -165,45 +176,45 @@ def measure(job: tuple[str, Visit, tuple[int, int] | None]) -> dict[str, Any] | 
             device='cpu',
         )
         agreed.append(consensus(members))
-        passes[look] = (image.keep_brain(combine(members), grid), grid)
+        passes[look] = (image.keep_brain(combine(members, temperature), grid), grid)
     to = {look: between[first, look] for look in passes}
     joint = image.joint_probabilities(passes, reference.grid, to)
     grids = {modality: scan.grid for modality, scan in scans.items()}
     result: dict[str, Any] = {'acquisition': acquisition(grids)}
     labels = image.label_map(joint)
+    result['doubt'] = image.doubt_mm3(joint, labels, reference.grid)
     result['verdict'], _ = quality.judge(
         quality.measure(
             scans,
             labels,
             between=between,
-            doubt_mm3=image.doubt_mm3(joint, labels, reference.grid),
+            doubt_mm3=result['doubt'],
             agreement=min(agreed),
         )
     )
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
     result['volumes']['brain'] = sum(result['volumes'].values())
-    truth = _truth(visit.case, reference.grid) if visit.case and not seed else None
-    result['doubt'], result['bins'], likelihood = {}, [], []
-    open_ = joint[0] < 0.99999  # the air around adds nothing at any temperature
-    flat, labels = np.log(np.maximum(joint[:, open_], 1e-7)), labels[open_]
-    for temperature in TEMPERATURES:
-        p = np.exp(flat / np.float32(temperature))
+    if seed or not visit.case:
+        return result
+    # At other temperatures, this one being 1; the air around adds nothing at any.
+    open_ = joint[0] < 0.99999
+    known, near, lesion = (array[open_] for array in _truth(visit.case, reference.grid))
+    region = (known >= 0) & ((known > 0) | (joint[0][open_] < 0.99))
+    flat = np.log(np.maximum(joint[:, open_], 1e-7))
+    result['nll'], result['bins'] = [], []
+    for other in TEMPERATURES:
+        p = np.exp(flat / np.float32(other))
         p /= p.sum(axis=0)
-        if truth is None:
-            result['doubt'][str(temperature)] = image.doubt_mm3(p, labels, reference.grid)
-        else:
-            known, near, lesion = (array[open_] for array in truth)
-            chosen = np.take_along_axis(p, np.maximum(known, 0)[None], axis=0)[0]
-            region = (known >= 0) & ((known > 0) | (joint[0][open_] < 0.99))
-            likelihood.append(float(-np.log(chosen[region]).mean()))
-            top = p.argmax(axis=0)
-            result['bins'].append(
-                {
-                    'labels': _bins(p.max(axis=0)[region], (top == known)[region]),
-                    'lesions': _bins(p[CLASSES.index('L')][near], lesion[near]),
-                }
-            )
-    return result | {'nll': likelihood}
+        chosen = np.take_along_axis(p, np.maximum(known, 0)[None], axis=0)[0]
+        result['nll'].append(float(-np.log(chosen[region]).mean()))
+        top = p.argmax(axis=0)
+        result['bins'].append(
+            {
+                'labels': _bins(p.max(axis=0)[region], (top == known)[region]),
+                'lesions': _bins(p[CLASSES.index('L')][near], lesion[near]),
+            }
+        )
+    return result
 
 
 def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -263,36 +274,41 @@ def main() -> None:
     options = parser.parse_args()
     card = read_card(options.model)
     sources = {source.name: source for source in read_recipe(options.recipe).datasets}
-    cases: dict[str, Case] = {}
+    told: list[Visit] = []
     if 'neuromorphometrics' in sources:
-        cases = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
+        real = tissue_scans(sources['neuromorphometrics'], options.data, 'validation')
+        told += [visit for case in real.values() for visit in visits_of(case.images, case)]
     pool = ProcessPoolExecutor(options.nprocs, get_context('spawn'))
     painted = pool.map(partial(_painted, sources, options.data, options.out), PAINTINGS)
-    cases |= {name: case for heads in painted for name, case in heads.items()}
+    told += [
+        visit
+        for heads in painted
+        for case in heads.values()
+        for visit in visits_of(case.images, case, painted=True)
+    ]
     raw = annotated_scans(sources['openms'], options.data / sources['openms'].root)
-    told = [visit for case in cases.values() for visit in visits_of(case.images, case)]
     clinical = [
         visit
         for item in raw
         for visit in visits_of({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair})
     ]
-    found = list(pool.map(measure, [(options.model, visit, None) for visit in told]))
+    found = list(pool.map(measure, [(options.model, visit, None, 1.0) for visit in told]))
+    known = [r for r in found if r]
+    likelihood = np.array([r['nll'] for r in known])
+    best = int(likelihood.mean(axis=0).argmin())
+    temperature = float(TEMPERATURES[best])
+    even = int(np.flatnonzero(TEMPERATURES == 1)[0])
     sound = [v for v, r in zip(told, found, strict=True) if r and r['verdict'] == 'pass']
     print(f'{len(sound)} of {len(told)} visits pass quality control', flush=True)
     visits = [*sound, *(replace(visit, sliced=True) for visit in sound), *clinical]
     jobs = [
-        (options.model, visit, (number, draw))
+        (options.model, visit, (number, draw), temperature)
         for number, visit in enumerate(visits)
         for draw in range(DRAWS)
     ]
     again = list(pool.map(measure, jobs))
     pool.shutdown()
 
-    known = [r for r in found if r]
-    likelihood = np.array([r['nll'] for r in known])
-    best = int(likelihood.mean(axis=0).argmin())
-    temperature = float(TEMPERATURES[best])
-    even = int(np.flatnonzero(TEMPERATURES == 1)[0])
     bins = [r['bins'] for r in known]
     # acquisition -> label -> a list for each visit, of what its pairs say
     ratios: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
@@ -302,7 +318,7 @@ def main() -> None:
         for name in NAMES:
             pairs = [
                 (a['volumes'][name] - b['volumes'][name])
-                / np.hypot(*(r['doubt'][str(temperature)][name] for r in (a, b)))
+                / np.hypot(*(r['doubt'][name] for r in (a, b)))
                 for a, b in combinations(drawn, 2)
                 if a['volumes'][name] + b['volumes'][name] > 0
             ]

@@ -910,6 +910,7 @@ class _PaintInput(BaseInterfaceInputSpec):
     protocol = traits.Str(mandatory=True)
     masks = traits.List(traits.Str, [], usedefault=True, desc='lesion masks in MNI152 space')
     seed = traits.Int(0, usedefault=True)
+    intact = traits.Bool(False, usedefault=True, desc='without noise, coil and blur')
     stem = traits.Str(mandatory=True, nohash=True, desc='path of the files without suffix')
 
 
@@ -935,6 +936,7 @@ class PaintHead(SimpleInterface):
             inputs.protocol,
             [read_mask(Path(path)) for path in inputs.masks],
             seed=inputs.seed,
+            intact=inputs.intact,
         )
         stem = Path(inputs.stem)
         stem.parent.mkdir(parents=True, exist_ok=True)

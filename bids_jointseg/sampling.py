@@ -364,7 +364,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         contrast_spread
             See :class:`Settings`.
         intact
-            Nothing degrades a scan; what is painted is acquired as ever.
+            Nothing degrades a scan; what is painted beside it is acquired as ever.
         """
         # Outside of the volume there is air, and the warp says 0.
         sets = augment.warp(person.sets, points, 'nearest').to(torch.uint8)
@@ -483,7 +483,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         for modality in modalities:
             scan = scans.get(modality)
             drawn = augment.draw_intensity(rng)
-            if intact and scan is not None:
+            if intact and (scan is not None or not scans):
                 drawn = augment.undisturbed(drawn)
             if kinds is None:
                 image = scans[modality]
@@ -573,6 +573,7 @@ def paint_head(
     seed: int,
     slice_mm: int = 1,
     contrast_spread: float = 1.0,
+    intact: bool = False,
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.uint8], Grid]:
     """Paint a T1w and a FLAIR of a whole head, with the lesions of one mask, if there are any.
 
@@ -590,6 +591,8 @@ def paint_head(
         Thickness of the slices.
     contrast_spread
         See :class:`Settings`.
+    intact
+        Without noise, coil and blur.
 
     Returns
     -------
@@ -619,6 +622,7 @@ def paint_head(
         rng,
         generator,
         contrast_spread=contrast_spread,
+        intact=intact,
     )
     images = {
         modality: (image[0] - image.min()).numpy() for modality, image in sample.images.items()

@@ -630,6 +630,18 @@ def test_a_whole_painted_head(head, mask):
     assert not (lesion & (person.sets.numpy() != WHITE)).any()
 
 
+def test_an_intact_painted_head_has_no_noise_in_the_air(head):
+    volume, person = head
+    air = person.kinds.numpy() == synth.AIR
+    spread = []
+    for intact in (True, False):
+        images, labels, grid = paint_head(volume, 'freesurfer', [], seed=3, intact=intact)
+        assert images['T1w'].shape == labels.shape == grid.shape == air.shape
+        spread.append(images['T1w'][air].std())
+    assert spread[0] == 0
+    assert spread[1] > 0.01
+
+
 def test_a_whole_painted_head_of_thick_slices(head):
     volume, person = head
     images, labels, grid = paint_head(volume, 'freesurfer', [], seed=3, slice_mm=4)
