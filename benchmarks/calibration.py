@@ -14,9 +14,10 @@ On the recipe's validation people, never on its test people:
   another position, with another coil, contrast, calibration and noise. Half of a volume's 95 %
   interval is `k` times the volume that the probabilities leave in doubt, `k = t rms(dV /
   sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of it, with Student's t for as
-  many degrees of freedom as there are visits among them, since these are few. Visits and
-  acquisitions that quality control does not pass are left out: of these the app warns. So are
-  those whose two scans the app refuses to align.
+  many degrees of freedom as there are visits among them, since these are few. Each kind of
+  scans borrows four visits from the mean of all kinds. Visits and acquisitions that quality
+  control does not pass are left out: of these the app warns. So are those whose two scans the
+  app refuses to align.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -26,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,6 +59,10 @@ PAINTINGS = (0, 100, 200, 300)
 """Seeds: each validation head is painted so many times, as nothing but tissue and contrast."""
 SLICE_MM = 4.0
 DRAWS = 2
+BORROWED = 4
+"""Visits that each kind of scans borrows from all: about as many as the rarest kind has."""
+Ratios = dict[str, dict[str, list[list[float]]]]
+"""Acquisition -> label -> for each visit, what its pairs say."""
 NAMES = (*CLASSES[1:], 'brain')
 
 
@@ -256,10 +261,24 @@ def _diagram(bins: NDArray[np.float64]) -> list[dict[str, float]]:
     ]
 
 
-def _factor(visits: Sequence[Sequence[float]]) -> float:
-    """Return `k` from what the pairs of each visit say."""
-    square = np.mean(np.square(np.concatenate(visits)))
-    return float(t.ppf(0.975, len(visits)) * np.sqrt(square))
+def factors(ratios: Ratios) -> dict[str, dict[str, float]]:
+    """Return `k` of each kind of scans and label.
+
+    A kind has few visits, so each borrows :data:`BORROWED` from all kinds: that many with their
+    mean square.
+    """
+    of_label: dict[str, list[float]] = defaultdict(list)
+    for labels in ratios.values():
+        for name, visits in labels.items():
+            of_label[name] += [float(np.mean(np.square(pairs))) for pairs in visits]
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for kind, labels in ratios.items():
+        for name, visits in labels.items():
+            count = len(visits) + BORROWED
+            own = sum(float(np.mean(np.square(pairs))) for pairs in visits)
+            square = (own + BORROWED * float(np.mean(of_label[name]))) / count
+            found[kind][name] = round(float(t.ppf(0.975, count) * np.sqrt(square)), 4)
+    return dict(found)
 
 
 def main() -> None:
@@ -310,8 +329,7 @@ def main() -> None:
     pool.shutdown()
 
     bins = [r['bins'] for r in known]
-    # acquisition -> label -> a list for each visit, of what its pairs say
-    ratios: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    ratios: Ratios = defaultdict(lambda: defaultdict(list))
     for number in range(len(visits)):
         every = again[number * DRAWS : (number + 1) * DRAWS]
         drawn = [r for r in every if r and r['verdict'] == 'pass']
@@ -324,10 +342,7 @@ def main() -> None:
             ]
             if pairs:
                 ratios[drawn[0]['acquisition']][name].append(pairs)
-    repeatability = {
-        kind: {name: round(_factor(pairs), 4) for name, pairs in labels.items()}
-        for kind, labels in ratios.items()
-    }
+    repeatability = factors(ratios)
     record = {
         'command': 'python benchmarks/calibration.py DATA OUT',
         'weights': card.sha256,
