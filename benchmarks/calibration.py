@@ -133,7 +133,7 @@ def visits_of(
     ]
 
 
-def _painted(sources: Mapping[str, Source], data: Path, out: Path, seed: int) -> dict[str, Case]:
+def _painted(sources: Mapping[str, Source], data: Path, out: Path, seed: int) -> list[Case]:
     """Return the validation heads as one seed paints them."""
     heads = paint_heads(
         sources['heads'],
@@ -144,7 +144,7 @@ def _painted(sources: Mapping[str, Source], data: Path, out: Path, seed: int) ->
         seed=seed,
         intact=True,
     )
-    return {f'{name}, {seed}': case for name, case in heads.items()}
+    return list(heads.values())
 
 
 Job = tuple[str, Visit, tuple[int, int] | None, float]
@@ -267,16 +267,19 @@ def factors(ratios: Ratios) -> dict[str, dict[str, float]]:
     A kind has few visits, so each borrows :data:`BORROWED` from all kinds: that many with their
     mean square.
     """
-    of_label: dict[str, list[float]] = defaultdict(list)
-    for labels in ratios.values():
-        for name, visits in labels.items():
-            of_label[name] += [float(np.mean(np.square(pairs))) for pairs in visits]
+    squares = {
+        kind: {
+            name: [np.mean(np.square(pairs)) for pairs in visits]
+            for name, visits in labels.items()
+        }
+        for kind, labels in ratios.items()
+    }
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    for kind, labels in ratios.items():
-        for name, visits in labels.items():
-            count = len(visits) + BORROWED
-            own = sum(float(np.mean(np.square(pairs))) for pairs in visits)
-            square = (own + BORROWED * float(np.mean(of_label[name]))) / count
+    for kind, labels in squares.items():
+        for name, own in labels.items():
+            every = [square for of in squares.values() for square in of.get(name, ())]
+            count = len(own) + BORROWED
+            square = (sum(own) + BORROWED * np.mean(every)) / count
             found[kind][name] = round(float(t.ppf(0.975, count) * np.sqrt(square)), 4)
     return dict(found)
 
@@ -302,7 +305,7 @@ def main() -> None:
     told += [
         visit
         for heads in painted
-        for case in heads.values()
+        for case in heads
         for visit in visits_of(case.images, case, painted=True)
     ]
     raw = annotated_scans(sources['openms'], options.data / sources['openms'].root)

@@ -58,8 +58,9 @@ def probabilities(network: nn.Module, images: Mapping[str, Tensor]) -> Tensor:
     # One class after the other: the softmax is twice as fast as where channels lie last.
     logits = logits.contiguous().float()
     bias_for = getattr(network, 'bias_for', None)
-    if bias_for is not None:
-        logits += torch.tensor(bias_for(images), device=device)[:, None, None, None]
+    bias = bias_for(images) if bias_for else ()
+    if any(bias):
+        logits += torch.tensor(bias, device=device)[:, None, None, None]
     return logits.softmax(1)
 
 

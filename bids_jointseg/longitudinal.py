@@ -535,10 +535,10 @@ class _Side:
         self.surfaces = np.bincount(parts[(parts > 0) & ~inner], minlength=self.count + 1)
         points = _points(self.voxels, own.grid.affine)
         self.sums = np.stack([self._sum(column) for column in points.T], axis=-1)
-        self.to_places = np.linalg.inv(other.grid.affine) @ to_other
-        self.places = _points(points, self.to_places)
-        shifts = _slice_shifts(own, other, to_other)
-        self.shifts = shifts @ np.linalg.inv(other.grid.affine)[:3, :3].T
+        to_voxels = np.linalg.inv(other.grid.affine)
+        self.to_places = to_voxels @ to_other @ own.grid.affine
+        self.places = _points(self.voxels, self.to_places)
+        self.shifts = _slice_shifts(own, other, to_other) @ to_voxels[:3, :3].T
         # Outside of the other scan there is no brain either.
         seen = _values(other.brain, self.places, order=0)
         self.seen = self._sum(seen) / np.maximum(self.sizes, 1)
@@ -583,7 +583,7 @@ class _Side:
         chosen = np.isin(self.number, part)
         voxels, places = self.voxels[chosen], self.places[chosen]
         around = self._white_around(voxels)
-        there = _points(_points(around, self.own.grid.affine), self.to_places)
+        there = _points(around, self.to_places)
         white = _values(self.other.labels == WHITE, there, order=0) > 0
         if white.sum() < AROUND_VOXELS:
             return True

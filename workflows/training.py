@@ -207,7 +207,7 @@ def _work(options: Options) -> Path:
 
 
 def _word(name: str) -> str:
-    """Return a name as that of a workflow, so that recipes can share a work folder."""
+    """Return a name as Nipype takes it for a workflow."""
     return re.sub(r'\W', '_', name)
 
 
