@@ -51,6 +51,7 @@ def plain(network: nn.Module) -> nn.Module:
 @torch.inference_mode()
 def straightforward(network: nn.Module, images: dict, window: tuple[int, int, int]) -> np.ndarray:
     """Return what :func:`predict` does, in double precision and without regard to memory."""
+    bias = torch.tensor(network.bias_for(images), dtype=torch.double).reshape(-1, 1, 1, 1)
     network = plain(network).double()
     shape = next(iter(images.values())).shape
     axes = [_starts(size, width) for size, width in zip(shape, window, strict=True)]
@@ -66,7 +67,7 @@ def straightforward(network: nn.Module, images: dict, window: tuple[int, int, in
             extra = [-s % m for s, m in zip(tensor.shape, network.multiple, strict=True)]
             padding = [side for size in extra[::-1] for side in (0, size)]
             inputs[name] = F.pad(tensor, padding, value=float(tensor.min()))[None, None]
-        p = network(inputs).softmax(1)[0].numpy()
+        p = (network(inputs) + bias).softmax(1)[0].numpy()
         kept = tuple(slice(0, part_.stop - part_.start) for part_ in part)
         ramp = _ramp(total[(0, *part)].shape, [len(starts) > 1 for starts in axes]).numpy()
         total[(slice(None), *part)] += p[(slice(None), *kept)] * ramp
