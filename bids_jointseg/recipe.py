@@ -362,10 +362,11 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f'{source.name}: {error}') from error
     streams = [source.stream for source in recipe.datasets]
     for source, stream in zip(recipe.datasets, streams, strict=True):
-        if source.share is not None and streams.count(stream) == 1:
+        alone = streams.count(stream) == 1
+        if source.share is not None and (alone or stream == 'masks'):
+            why = 'no other dataset is of the stream' if alone else 'each patient counts alike in'
             raise RecipeError(
-                f'{source.name}: share is {source.share}, but no other dataset is of the stream '
-                f'{stream!r}: leave it out'
+                f'{source.name}: share is {source.share}, but {why} {stream!r}: leave it out'
             )
 
 

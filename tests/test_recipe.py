@@ -22,6 +22,14 @@ annotation = 'derivatives/manual'
 suffix = 'mask'
 protocol = 'binary-lesion'
 """
+MASKS = """
+[[datasets]]
+name = '{}'
+lesion_masks = true
+annotation = '.'
+suffix = 'mask'
+protocol = 'binary-lesion'
+"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -118,6 +126,10 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f"{HEAD}{TISSUE}tells = ['GM']", "a: no such class: 'GM'"),
         (f'{HEAD}{TISSUE}share = -1', 'share is -1'),
         (f'{HEAD}{TISSUE}share = 2', "share is 2.*no other dataset is of the stream 'lesions'"),
+        (
+            HEAD + TISSUE + ''.join(MASKS.format(name) for name in 'bc') + 'share = 2',
+            "c: share is 2.*each patient counts alike in 'masks'",
+        ),
         (f"folds = 'two'\n{HEAD}{TISSUE}", 'a value is of the wrong kind'),
         (f"{HEAD}[datasets]\nname = 'a'", r'write each dataset as \[\[datasets\]\]'),
         (f'{HEAD}{TISSUE}lesion_masks = true', 'no modalities'),

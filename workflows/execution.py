@@ -196,6 +196,11 @@ class ScanByScan(MultiProcPlugin):
             worker.terminate()
 
 
+def node_name(name: str) -> str:
+    """Return a name as Nipype takes it for a node or a workflow."""
+    return re.sub(r'\W', '_', name)
+
+
 def _log_thread(ended: Any) -> None:
     LOGGER.debug('a thread ended: %r', ended.exc_value)
 

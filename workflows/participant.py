@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -642,7 +641,7 @@ def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed
 
 def workflow_name(scan: Scan) -> str:
     """Return the name of a scan's workflow: 'sub-01_ses-1' -> 'sub_01_ses_1_wf'."""
-    return re.sub(r'\W', '_', scan.stem) + '_wf'
+    return execution.node_name(f'{scan.stem}_wf')
 
 
 def work_folder(settings: Settings, card: ModelCard) -> Path:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from bids_jointseg.image import lies_on, load_grid
 from bids_jointseg.interfaces import CacheScan, PaintHead, Score, Train
 from bids_jointseg.recipe import RecipeError, read_recipe
 from bids_jointseg.workflows import execution, participant
+from bids_jointseg.workflows.execution import node_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ class Item:
     @property
     def name(self) -> str:
         """Name of its workflow."""
-        return _word(f'{self.source.name}_{self.found.name}')
+        return node_name(f'{self.source.name}_{self.found.name}')
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,6 @@ def _data_folder(options: Options) -> Path:
 
 def _work(options: Options) -> Path:
     return (options.work_dir or options.out_dir / 'work').absolute()
-
-
-def _word(name: str) -> str:
-    """Return a name as Nipype takes it for a workflow."""
-    return re.sub(r'\W', '_', name)
 
 
 def _fold_folder(options: Options, recipe: Recipe, fold: int) -> Path:
@@ -443,7 +438,7 @@ def _train(
         )
         part = Workflow(f'fold_{fold}')
         part.add_nodes([node])
-        workflow = Workflow(f'train_{_word(recipe.name)}', base_dir=str(_work(options)))
+        workflow = Workflow(f'train_{node_name(recipe.name)}', base_dir=str(_work(options)))
         workflow.add_nodes([part])
         # In this process, for the sake of its progress bar and of Ctrl-C.
         failed = _run(options, workflow, {part.name: f'fold {fold}'}, 'Linear')
@@ -466,13 +461,13 @@ def _score(
     fold: int,
     card: ModelCard,
 ) -> tuple[list[execution.Failure], list[dict[str, Any]]]:
-    workflow = Workflow(f'score_{_word(recipe.name)}_{fold}', base_dir=str(_work(options)))
+    workflow = Workflow(f'score_{node_name(recipe.name)}_{fold}', base_dir=str(_work(options)))
     names = {}
     for item in _test_items(items, _split(recipe, items, masks, fold)):
         painted = item.found.scan is None
         found = _painted(options, item) if painted else item.found
         for inputs, scan in _variants(found.scan, found.annotation):
-            name = _word(f'{item.name}_{inputs}')
+            name = node_name(f'{item.name}_{inputs}')
             names[name] = f'{item.source.name} {item.found.name} from {inputs}'
             workflow.add_nodes([
                 init_score_wf(
