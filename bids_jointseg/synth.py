@@ -4,8 +4,9 @@ After SynthSeg (Billot et al., Medical Image Analysis 2023), but each modality k
 contrasts that it has in clinical scans: every kind of tissue draws its intensity around the
 value that physics gives it, in units of white matter. Lesions are real ones (expert masks of
 patients in MNI space, moved into the person's brain box and clipped to white matter) or grown
-from noise; dirty white matter, caps and rims of the ventricles, the choroid plexus and vessels
-may be bright on FLAIR as well, perivascular spaces dark on T1w, and none of them is a lesion.
+from noise; dirty white matter, rims of the ventricles, the choroid plexus and vessels may look
+like one on either scan, perivascular spaces on T1w, and none of them is a lesion. The cortex of
+the cerebellum has folds, which no label map has.
 
 Every function is pure: it takes a `torch.Generator` for fields and returns new tensors.
 """
