@@ -196,27 +196,21 @@ def draw_contrast(
         means[gray] = 1 - (1 - means[gray]) * strength
         means[[VENTRICLE, CSF]] += 0.12 * (1 - strength)
         lesion = -rng.uniform(0.0, 0.9) * (1 - means[VENTRICLE]) * 0.7
-        return Contrast(
-            means.clip(0),
-            lesion,
-            rng.uniform(0, 0.08),
-            lesion * rng.uniform(0, 0.7),
-            rng.uniform(-0.05, 0),
-            rng.uniform(0.5, 1.1),
-            rng.uniform(0, 0.12),
-        )
-    means[gray] = 1 + (means[gray] - 1) * near(0.3, 1.4)
-    means[CSF] = means[VENTRICLE] * near(0.7, 1.3)
-    means[KIND['soft tissue']] *= near(0.3, 1.3)
-    lesion = rng.uniform(0.25, 1.1)
+        texture, dirt = 0.08, (-0.05, 0.0)
+    else:
+        means[gray] = 1 + (means[gray] - 1) * near(0.3, 1.4)
+        means[CSF] = means[VENTRICLE] * near(0.7, 1.3)
+        means[KIND['soft tissue']] *= near(0.3, 1.3)
+        lesion = rng.uniform(0.25, 1.1)
+        texture, dirt = 0.07, (0.0, 0.3 * lesion)
     return Contrast(
-        means.clip(0),
-        lesion,
-        rng.uniform(0, 0.07),
-        lesion * rng.uniform(0, 0.7),
-        lesion * rng.uniform(0, 0.3),
-        rng.uniform(0.5, 1.1),
-        rng.uniform(0, 0.12),
+        means=means.clip(0),
+        lesion=lesion,
+        texture=rng.uniform(0, texture),
+        rim=lesion * rng.uniform(0, 0.7),
+        dirt=rng.uniform(*dirt),
+        blur=rng.uniform(0.5, 1.1),
+        folia=rng.uniform(0, 0.12),
     )
 
 
