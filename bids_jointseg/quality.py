@@ -293,11 +293,13 @@ def mirror_plane(labels: NDArray[np.integer], grid: Grid) -> Matrix:
 
     def unlike(parameters: Sequence[float], step: int = 1) -> float:
         there = _moved(_reflection(middle, parameters), points[::step])
-        return 1 - float(np.corrcoef(values[::step], sampled(there))[0, 1])
+        with np.errstate(invalid='ignore'):  # no correlation where all is one class
+            alike = np.corrcoef(values[::step], sampled(there))[0, 1]
+        return 1 - float(np.nan_to_num(alike))
 
     # A head that is turned has other minima: the search begins in the lowest of many.
-    turns = (-12, -6, 0, 6, 12)
-    start = min(itertools.product((-5, 0, 5), turns, turns), key=partial(unlike, step=7))
+    turns = (0, -6, 6, -12, 12)
+    start = min(itertools.product((0, -5, 5), turns, turns), key=partial(unlike, step=7))
     options = {'xtol': 0.05, 'ftol': 1e-4, 'maxfev': 150}
     best = minimize(unlike, start, method='Powell', options=options, bounds=[(-15, 15)] * 3)
     return _reflection(middle, best.x)

@@ -489,13 +489,15 @@ def test_little_memory(pair, calm, limit, megabytes):
     check_visible(pair.out(name), calm)
 
 
-def test_too_little_memory_for_the_workers(pair, calm):
-    code, said = pair.run('workers', before=((limit_workers, [16]),))
-    check_answer(code, said)
-    assert code == 1
+@pytest.mark.parametrize('megabytes', [0, 1, 16])
+def test_too_little_memory_for_the_workers(pair, calm, megabytes):
+    """How far a worker comes depends on what is free on the heap that it inherits."""
+    name = f'workers-{megabytes}'
+    code, said = pair.run(name, before=((limit_workers, [megabytes]),))
+    check_answer(code, said, 1, 3)
     assert 'give more memory' in said
-    check_visible(pair.out('workers'), calm)
-    goes_on(pair, 'workers', calm)
+    check_visible(pair.out(name), calm)
+    goes_on(pair, name, calm)
 
 
 def full_gpu() -> None:

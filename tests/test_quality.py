@@ -187,3 +187,12 @@ def test_the_plane_of_symmetry_is_found_in_any_frame(frame, yaw, roll):
     right, left = (turn[:3, :3] @ (x, -20, 30) for x in (40, -20))
     there = mirror[:3, :3] @ right + mirror[:3, 3]
     np.testing.assert_allclose(there, left, atol=1.5)
+
+
+@pytest.mark.filterwarnings('error')
+def test_without_structure_the_plane_of_symmetry_is_upright():
+    """One class is like any mirror image of it: nothing is said, nothing is turned."""
+    grid = make_grid('RAS', (3, 3, 3))
+    labels = np.where(ball(grid, radii=(60, 76, 60)), INDEX['WM'], 0)
+    mirror = quality.mirror_plane(labels, grid)
+    np.testing.assert_allclose(mirror[:3, :3], np.diag([-1, 1, 1]), atol=0.02)
