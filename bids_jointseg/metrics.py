@@ -15,8 +15,9 @@ from math import nan
 from typing import Any
 
 import numpy as np
+import scipy  # whose stats takes a quarter of a second, once it is used
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage, spatial, stats
+from scipy import ndimage, spatial
 
 from bids_jointseg.labels import LABELS
 
@@ -462,9 +463,9 @@ def paired(a: ArrayLike, b: ArrayLike) -> Paired:
 def _wilcoxon(d: NDArray[np.float64]) -> float:
     """Return the two-sided p of Wilcoxon's signed-rank test; no difference may be zero."""
     if len(d) > EXACT:
-        return float(stats.wilcoxon(d).pvalue)
+        return float(scipy.stats.wilcoxon(d).pvalue)
     # Mean ranks of ties are halves: doubled, they count whole.
-    ranks = np.rint(2 * stats.rankdata(np.abs(d))).astype(int)
+    ranks = np.rint(2 * scipy.stats.rankdata(np.abs(d))).astype(int)
     ways = np.zeros(ranks.sum() + 1)
     ways[0] = 1
     for rank in ranks:
@@ -476,7 +477,7 @@ def _wilcoxon(d: NDArray[np.float64]) -> float:
 
 def _student(centre: float, error: float, n: int) -> Interval:
     """Return the 95 % interval around an estimate with n - 1 degrees of freedom."""
-    half = float(stats.t.ppf(0.975, n - 1)) * error if n > 1 else nan
+    half = float(scipy.stats.t.ppf(0.975, n - 1)) * error if n > 1 else nan
     return centre - half, centre + half
 
 

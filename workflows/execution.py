@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +51,9 @@ NO_MEMORY = re.compile(
 HUNG = 'took longer than {hours:g} hours and was ended: the same command tries it again'
 BESIDE = 'was ended because another stage hung: the same command goes on'
 
+POLL_S = 0.25
+"""How often to look for what does not end, such as a stage that hangs."""
+
 INTERRUPTED = 'interrupted'
 """The reason of what Ctrl-C ended: Nipype makes a crash of it."""
 
@@ -69,9 +72,9 @@ class ScanByScan(MultiProcPlugin):
     """Nipype's MultiProc, with some changes for long runs.
 
     It finishes scans that have begun before it begins many others, so that results are complete
-    early. Where Nipype waits for ever once a worker process is killed or hangs, here what ran at
-    that moment counts as failed, and the rest goes on in new workers. And a failure is not lost
-    where its report cannot be written, as on a full disk.
+    early, and goes on the moment a stage ends. Where Nipype waits for ever once a worker process
+    is killed or hangs, here what ran at that moment counts as failed, and the rest goes on in new
+    workers. And a failure is not lost where its report cannot be written, as on a full disk.
     """
 
     def __init__(
@@ -103,6 +106,16 @@ class ScanByScan(MultiProcPlugin):
         super()._prerun_check(graph)
         # Nipype collects garbage whenever it looks for work; the graph need not be looked at.
         gc.freeze()
+
+    def run(self, graph: Any, config: dict[str, Any], updatehash: bool = False) -> None:
+        """Run the graph; Nipype calls this."""
+        config['execution']['poll_sleep_duration'] = '0.01'
+        super().run(graph, config, updatehash=updatehash)
+
+    def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
+        super()._send_procs_to_workers(updatehash, graph)
+        running = [self._task_obj[task] for task, _ in self.pending_tasks]
+        wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
 
     def _generate_dependency_list(self, graph: Any) -> None:
         super()._generate_dependency_list(graph)
