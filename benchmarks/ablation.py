@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from bids_jointseg import cache, image
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
+from bids_jointseg.files import replacing
 from bids_jointseg.image import Grid
 from bids_jointseg.inference import predict
 from bids_jointseg.labels import CLASSES, PROTOCOLS, TISSUES, bits
@@ -193,7 +194,8 @@ def pseudo_labelled(paths: list[Path], model: Path, folder: Path) -> list[Path]:
         (found,) = predict(network, images, window=WINDOW, device='cpu')
         arrays |= {'dataset': PSEUDO, 'sets': classes[found.argmax(axis=0)]}
         written.append(folder / f'{PSEUDO}_{arrays["name"]}.npz')
-        np.savez_compressed(written[-1], **arrays)
+        with replacing(written[-1]) as temporary, temporary.open('wb') as file:
+            np.savez_compressed(file, **arrays)
     return written
 
 
