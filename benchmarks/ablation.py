@@ -37,7 +37,6 @@ from numpy.typing import NDArray
 from bids_jointseg import cache, image
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
-from bids_jointseg.files import replacing
 from bids_jointseg.image import Grid
 from bids_jointseg.inference import predict
 from bids_jointseg.labels import CLASSES, PROTOCOLS, TISSUES, bits
@@ -194,8 +193,7 @@ def pseudo_labelled(paths: list[Path], model: Path, folder: Path) -> list[Path]:
         (found,) = predict(network, images, window=WINDOW, device='cpu')
         arrays |= {'dataset': PSEUDO, 'sets': classes[found.argmax(axis=0)]}
         written.append(folder / f'{PSEUDO}_{arrays["name"]}.npz')
-        with replacing(written[-1]) as temporary, temporary.open('wb') as file:
-            np.savez_compressed(file, **arrays)
+        cache.write_arrays(written[-1], arrays)
     return written
 
 

@@ -236,6 +236,11 @@ def write_person(
         shown = [images[modality] > 0 for modality in images]
         bright = np.logical_and.reduce(shown) if shown else np.zeros(kinds.shape, bool)
         arrays['kinds'] = np.where((kinds == synth.AIR) & bright, synth.CSF, kinds)
+    write_arrays(path, arrays)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write the arrays of a cached scan as they are; the file appears whole."""
     with replacing(path) as temporary, temporary.open('wb') as file:
         np.savez_compressed(file, **arrays)
 

@@ -482,19 +482,20 @@ def test_too_little_memory_to_begin(pair, megabytes):
 
 
 @pytest.mark.parametrize('limit', [limit_memory, limit_workers])
-@pytest.mark.parametrize('megabytes', [40, 64])
+@pytest.mark.parametrize('megabytes', [16, 40, 64])
 def test_little_memory(pair, calm, limit, megabytes):
     name = f'{limit.__name__}-{megabytes}'
     check_answer(*pair.run(name, before=((limit, [megabytes]),)))
     check_visible(pair.out(name), calm)
 
 
-@pytest.mark.parametrize('megabytes', [0, 1, 16])
+@pytest.mark.parametrize('megabytes', [0, 1])
 def test_too_little_memory_for_the_workers(pair, calm, megabytes):
-    """How far a worker comes depends on what is free on the heap that it inherits."""
+    """Whatever is free on the heap that a worker inherits: a library of the network needs more."""
     name = f'workers-{megabytes}'
     code, said = pair.run(name, before=((limit_workers, [megabytes]),))
-    check_answer(code, said, 1, 3)
+    check_answer(code, said)
+    assert code == 1
     assert 'give more memory' in said
     check_visible(pair.out(name), calm)
     goes_on(pair, name, calm)

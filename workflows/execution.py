@@ -51,9 +51,6 @@ NO_MEMORY = re.compile(
 HUNG = 'took longer than {hours:g} hours and was ended: the same command tries it again'
 BESIDE = 'was ended because another stage hung: the same command goes on'
 
-POLL_S = 0.25
-"""How often to look for what does not end, such as a stage that hangs."""
-
 INTERRUPTED = 'interrupted'
 """The reason of what Ctrl-C ended: Nipype makes a crash of it."""
 
@@ -109,13 +106,16 @@ class ScanByScan(MultiProcPlugin):
 
     def run(self, graph: Any, config: dict[str, Any], updatehash: bool = False) -> None:
         """Run the graph; Nipype calls this."""
-        config['execution']['poll_sleep_duration'] = '0.01'
-        super().run(graph, config, updatehash=updatehash)
+        execution = config['execution']
+        self._pause_s = float(execution['poll_sleep_duration'])
+        # The pause ends with the stage that it waits for, which Nipype's own does not.
+        execution = execution | {'poll_sleep_duration': '0.01'}
+        super().run(graph, config | {'execution': execution}, updatehash=updatehash)
 
     def _send_procs_to_workers(self, updatehash: bool = False, graph: Any = None) -> None:
         super()._send_procs_to_workers(updatehash, graph)
         running = [self._task_obj[task] for task, _ in self.pending_tasks]
-        wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+        wait(running, timeout=self._pause_s, return_when=FIRST_COMPLETED)
 
     def _generate_dependency_list(self, graph: Any) -> None:
         super()._generate_dependency_list(graph)
