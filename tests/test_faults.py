@@ -89,6 +89,21 @@ def reach(run: Run, moment: float, *, fork: bool) -> bool:
     return run.poll() is None
 
 
+def kill_one(run: Run, moment: float, rng: random.Random, *, fork: bool) -> str:
+    """Kill the parent or a worker at a moment; return which, or nothing if it had ended before."""
+    if not reach(run, moment, fork=fork):
+        return ''
+    workers = run.others()
+    if workers and rng.random() < 0.6:
+        try:
+            os.kill(rng.choice(workers), signal.SIGKILL)
+        except ProcessLookupError:
+            return ''
+        return 'worker'
+    os.kill(run.pid, signal.SIGKILL)
+    return 'parent' if run.wait() == -signal.SIGKILL else ''
+
+
 def kill_along(cohort: Cohort, name: str, undisturbed: dict[str, bytes]) -> dict[str, int]:
     """Kill a run again and again, and go on each time; return how often what was killed."""
     rng = random.Random(name)
@@ -98,29 +113,25 @@ def kill_along(cohort: Cohort, name: str, undisturbed: dict[str, bytes]) -> dict
     orphans: list[int] = []
     run = cohort.start(name, '-v', fork=fork)  # which tells of stages that are kept as well
     for moment in moments:
-        for _ in range(5):  # a run may end before
-            if reach(run, moment, fork=fork):
-                break
+        aim = moment
+        while not (what := kill_one(run, aim, rng, fork=fork)):
             check_answer(run.wait(), run.said(), 0, 1, 3)
             run = cohort.start(name, '-v', fork=fork)
-        workers = run.others()
-        if workers and rng.random() < 0.6:
-            os.kill(rng.choice(workers), signal.SIGKILL)
-            killed['worker'] += 1
-            check_visible(cohort.out(name), undisturbed)
-        else:
-            os.kill(run.pid, signal.SIGKILL)
-            killed['parent'] += 1
-            check_visible(cohort.out(name), undisturbed)
-            assert run.wait() == -signal.SIGKILL
-            orphans += workers
+            aim = max(aim - 0.2, 0.0)  # it ended too soon
+        killed[what] += 1
+        check_visible(cohort.out(name), undisturbed)
+        if what == 'parent':
+            orphans += run.others()
             run = cohort.start(name, '-v', fork=fork)  # at once, whatever workers still do
     check_answer(run.wait(), run.said(), 0, 1, 3)
     code, said = cohort.run(name, fork=fork)
     assert code == 0, said
     assert contents(cohort.out(name)) == undisturbed
     assert not list(cohort.out(name).glob('sub-*/**/.*'))
-    assert not [pid for pid in orphans if Path(f'/proc/{pid}').exists()]
+    end = time.monotonic() + 10  # what starts the workers may still be importing libraries
+    while any(Path(f'/proc/{pid}').exists() for pid in orphans):
+        assert time.monotonic() < end
+        time.sleep(0.02)
     return killed
 
 
