@@ -614,7 +614,9 @@ def check_device(settings: Settings) -> None:
 def _prepare_environment(settings: Settings) -> None:
     """Set what libraries read when they are imported, here and in worker processes."""
     os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
-    os.environ.setdefault('OMP_NUM_THREADS', str(min(settings.omp_nthreads, settings.nprocs)))
+    threads = str(min(settings.omp_nthreads, settings.nprocs))
+    for library in ('OMP_NUM_THREADS', 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS'):
+        os.environ.setdefault(library, threads)
     _spare_processors()
 
 

@@ -22,6 +22,7 @@ Cardoso et al. (2015), *Scale factor point spread function matching* (the anti-a
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import logging
@@ -69,6 +70,9 @@ THICK_MM = 2.5
 
 SPIKE = 1000
 """Times the 99th percentile of a scan above which a voxel shows no tissue."""
+
+NEGLIGIBLE = 1e-4
+"""Probability that is taken for none: most classes then fill but a part of the head."""
 
 _DEFLATE = 1032
 """Most bytes that one byte of a gzip file can stand for."""
@@ -726,15 +730,21 @@ def resample(
     to_source = np.linalg.inv(volume.grid.affine) @ np.asarray(grid_to_volume) @ grid.affine
     result = np.zeros(grid.shape, dtype=np.float32)
 
-    # Only the voxels of the grid that lie in the volume, and only the voxels they need.
-    box = _apply(np.linalg.inv(to_source), _CORNERS * shape - 0.5)
+    factor = np.abs(to_source[:3, :3]).max(axis=1)
+    sigma = 0.42 * np.sqrt(np.maximum(factor**2 - 1, 0)) * (order > 0)
+    margin = (np.ceil(3 * sigma) + (2 if order < 2 else 12)).astype(int)
+
+    # Only the voxels of the grid that see more than zeros, and only the voxels they need.
+    (seen,) = ndimage.find_objects((data != 0).view(np.uint8)) or [None]
+    if seen is None:
+        return result
+    low = np.maximum([axis.start for axis in seen] - margin, 0)
+    high = np.minimum([axis.stop for axis in seen] + margin, shape)
+    box = _apply(np.linalg.inv(to_source), low + _CORNERS * (high - low) - 0.5)
     start = np.clip(np.floor(box.min(axis=0)), 0, grid.shape).astype(int)
     stop = np.clip(np.ceil(box.max(axis=0)) + 1, start, grid.shape).astype(int)
     if (start == stop).any():
         return result
-    factor = np.abs(to_source[:3, :3]).max(axis=1)
-    sigma = 0.42 * np.sqrt(np.maximum(factor**2 - 1, 0)) * (order > 0)
-    margin = np.ceil(3 * sigma) + (2 if order < 2 else 12)
     box = _apply(to_source, start + _CORNERS * (stop - 1 - start))
     low = np.clip(np.floor(box.min(axis=0) - margin), 0, shape).astype(int)
     high = np.clip(np.ceil(box.max(axis=0) + margin) + 1, low, shape).astype(int)
@@ -762,20 +772,18 @@ def resample(
 # Registration
 
 
-def register(fixed: Volume, moving: Volume, *, threads: int = 1, seed: int = 0) -> Matrix:
+def register(fixed: Volume, moving: Volume, *, seed: int = 0) -> Matrix:
     """Align two scans of one head rigidly, whatever their contrasts.
 
     Mattes' mutual information, maximised by Powell's method on a pyramid of 5, 2.5 and 1 mm
     (never finer than the scans). It starts from where the headers, the centres of the fields of
     view and the centres of mass say, each turned by -12, 0 and 12 degrees about every axis; the
-    best two of these go on.
+    best two of these go on. The result is the same bit by bit every time, on one thread or two.
 
     Parameters
     ----------
     fixed, moving
         Scans of one head.
-    threads
-        With one thread the result is the same bit by bit every time.
     seed
         Of the voxels that are sampled.
 
@@ -802,27 +810,30 @@ def register(fixed: Volume, moving: Volume, *, threads: int = 1, seed: int = 0) 
     angles = itertools.product(np.deg2rad((-12.0, 0.0, 12.0)), repeat=3)
     starts = [(*turn, *shift) for turn in angles for shift in shifts]
 
-    images = [_sitk_image(coarsened(volume, 5.0)) for volume in (fixed, moving)]
-    method = _mutual_information(1.0, seed=seed, threads=threads)
+    @functools.cache
+    def images_of(millimetres: float) -> list[Any]:
+        return [_sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
+
+    method = _mutual_information(1.0, seed=seed)
     found = []
     for start in starts:
         method.SetInitialTransform(_euler(centre, start))
         # SimpleITK raises where the two do not overlap at all.
         with suppress(RuntimeError):
-            found.append((method.MetricEvaluate(*images), start))
+            found.append((method.MetricEvaluate(*images_of(5.0)), start))
 
     for millimetres, samples, step, keep in (
         (5.0, 20_000, 2.0, 2),
         (2.5, 60_000, 1.0, 1),
         (1.0, 45_000, 0.3, 1),
     ):
-        images = [_sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
+        images = images_of(millimetres)
         share = _share(images[0].GetSize(), samples)
         starts = [start for _, start in sorted(found)[:keep]]
         found = []
         for start in starts:
             transform = _euler(centre, start)
-            method = _mutual_information(share, seed=seed, threads=threads)
+            method = _mutual_information(share, seed=seed)
             # Twenty steps along a line, as others take, double the time and gain nothing.
             method.SetOptimizerAsPowell(
                 numberOfIterations=4, maximumLineIterations=8, stepLength=step
@@ -876,7 +887,7 @@ def _share(size: Sequence[int], samples: int) -> float:
     return 1.0 if step < 1.5 else 1 / (round(step) - 0.5)
 
 
-def _mutual_information(share: float, *, seed: int, threads: int) -> Any:
+def _mutual_information(share: float, *, seed: int) -> Any:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
     method.SetMetricUseFixedImageGradientFilter(False)
@@ -884,7 +895,7 @@ def _mutual_information(share: float, *, seed: int, threads: int) -> Any:
     method.SetMetricSamplingStrategy(method.REGULAR)
     method.SetMetricSamplingPercentage(share, seed + 1)  # 0 would be the clock
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetNumberOfWorkUnits(threads)  # into which sums are split: more change the last bits
+    method.SetNumberOfWorkUnits(2)  # the sum of two parts has the same bits in either order
     return method
 
 
@@ -1065,16 +1076,19 @@ def joint_probabilities(
     lesion = CLASSES.index('L')
     two = 'T1w' in passes and 'FLAIR' in passes
     joint = np.zeros((len(CLASSES), *target.shape), dtype=np.float32)
+
+    def brought(name: str, channel: int) -> Float32:
+        probabilities, grid = passes[name]
+        values = np.array(probabilities[channel], np.float32)
+        values[values < NEGLIGIBLE] = 0
+        return resample(Volume(values, grid), target, target_to[name], threads=threads)
+
     for channel in range(1, len(CLASSES)):
         # The lesion's own pass; with one pass it is the only one.
         name = 'FLAIR' if two and channel == lesion else 'T1w' if 'T1w' in passes else 'FLAIR'
-        probabilities, grid = passes[name]
-        volume = Volume(np.asarray(probabilities[channel], dtype=np.float32), grid)
-        joint[channel] = resample(volume, target, target_to[name], threads=threads)
+        joint[channel] = brought(name, channel)
     if two:
-        probabilities, grid = passes['T1w']
-        volume = Volume(np.asarray(probabilities[lesion], dtype=np.float32), grid)
-        others = 1 - resample(volume, target, target_to['T1w'], threads=threads)
+        others = 1 - brought('T1w', lesion)
         # The tiny weight decides where nothing but lesion is left of the T1w pass.
         tiny = np.float32(1e-3)
         joint[CLASSES.index('WM')] += tiny * (others < 1)

@@ -195,11 +195,8 @@ class Register(SimpleInterface):
             matrix: NDArray[Any] = image.load_itk(inputs.precomputed)
             matrix = np.linalg.inv(matrix) if inputs.inverse else matrix
         else:
-            # One thread: the same result bit by bit every time.
             try:
-                matrix = image.register(
-                    volumes['T1w'], volumes['FLAIR'], threads=1, seed=inputs.seed
-                )
+                matrix = image.register(volumes['T1w'], volumes['FLAIR'], seed=inputs.seed)
             except ImageError as error:
                 raise ImageError(f'{inputs.pair}: {error}') from error
         share = coverage(volumes['T1w'], volumes['FLAIR'], matrix)

@@ -68,11 +68,14 @@ def measure_lesions(
     if not count:
         return []
     voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
-    to_ventricle, to_cortex = (
-        _distance_mm(labels == INDEX[name], grid) for name in ('VEN', 'CGM')
-    )
+    reach = np.ceil(max(VENTRICLE_MM, CORTEX_MM) / grid.spacing_mm).astype(int)
     rows: list[dict[str, Any]] = []
-    for part, box in enumerate(ndimage.find_objects(parts), start=1):
+    for part, tight in enumerate(ndimage.find_objects(parts), start=1):
+        # As much of the surroundings as decides on the zone.
+        box = tuple(
+            slice(max(0, axis.start - r), axis.stop + r)
+            for axis, r in zip(tight, reach, strict=True)
+        )
         inside = parts[box] == part
         voxels = np.argwhere(inside) + [axis.start for axis in box]
         points = voxels @ grid.affine[:3, :3].T + grid.affine[:3, 3]
@@ -85,11 +88,7 @@ def measure_lesions(
                 'y_mm': float(y),
                 'z_mm': float(z),
                 'voxels': len(voxels),
-                'zone': _zone(
-                    _around(labels, box, inside),
-                    float(to_ventricle[box][inside].min()),
-                    float(to_cortex[box][inside].min()),
-                ),
+                'zone': _zone(labels[box], inside, grid),
                 'probability': _mean(probability, box, inside),
                 'agreement': _mean(agreement, box, inside),
             }
@@ -171,15 +170,6 @@ def fill_lesions(
     return filled
 
 
-def _distance_mm(mask: NDArray[np.bool_], grid: Grid) -> NDArray[np.float32]:
-    """Return the distance of every voxel from the nearest one of a mask; infinite without any."""
-    if not mask.any():
-        return np.full(mask.shape, np.inf, np.float32)
-    return np.asarray(
-        ndimage.distance_transform_edt(~mask, sampling=grid.spacing_mm), np.float32
-    )
-
-
 def _diameter_mm(points: NDArray[np.floating], grid: Grid) -> float:
     """Return the longest distance between corners of voxels with these centres, RAS mm."""
     corners = np.stack(np.meshgrid(*[(-0.5, 0.5)] * 3, indexing='ij'), -1).reshape(-1, 3)
@@ -187,24 +177,16 @@ def _diameter_mm(points: NDArray[np.floating], grid: Grid) -> float:
     return float(pdist(ends[ConvexHull(ends).vertices]).max())
 
 
-def _around(
-    labels: NDArray[np.uint8], box: tuple[slice, ...], inside: NDArray[np.bool_]
-) -> NDArray[np.uint8]:
-    """Return the labels of the voxels that touch a lesion."""
-    wide = tuple(slice(max(0, axis.start - 1), axis.stop + 1) for axis in box)
-    mask = np.zeros(labels[wide].shape, bool)
-    first = [a.start - w.start for a, w in zip(box, wide, strict=True)]
-    mask[tuple(slice(f, f + n) for f, n in zip(first, inside.shape, strict=True))] = inside
-    return np.asarray(labels[wide][ndimage.binary_dilation(mask, TOUCH) & ~mask])
-
-
-def _zone(around: NDArray[np.uint8], ventricle_mm: float, cortex_mm: float) -> str:
+def _zone(labels: NDArray[np.uint8], lesion: NDArray[np.bool_], grid: Grid) -> str:
+    """Return the zone of a lesion from the labels around it."""
+    around = labels[ndimage.binary_dilation(lesion, TOUCH) & ~lesion]
     tissue = around[(around != INDEX['BG']) & (around != INDEX['L'])]
     if np.isin(tissue, (INDEX['BS'], INDEX['CBM'])).sum() > tissue.size / 2:
         return 'infratentorial'
-    if ventricle_mm <= VENTRICLE_MM:
+    away_mm = ndimage.distance_transform_edt(~lesion, sampling=grid.spacing_mm)
+    if (away_mm[labels == INDEX['VEN']] <= VENTRICLE_MM).any():
         return 'periventricular'
-    return 'juxtacortical' if cortex_mm <= CORTEX_MM else 'deep'
+    return 'juxtacortical' if (away_mm[labels == INDEX['CGM']] <= CORTEX_MM).any() else 'deep'
 
 
 def _mean(

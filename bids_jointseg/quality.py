@@ -26,7 +26,7 @@ from bids_jointseg.labels import LABELS, TISSUES
 from bids_jointseg.lesions import TOUCH
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -288,13 +288,15 @@ def mirror_plane(labels: NDArray[np.integer], grid: Grid) -> Matrix:
     brightness = np.zeros(256, np.float32)
     for name, value in BRIGHTNESS.items():
         brightness[INDEX[name]] = value
-    points, values, sampled = _sampled(Volume(brightness[labels], grid), labels > 0, 4.0)
+    coarse = image.coarsened(Volume(brightness[labels], grid), 4.0)
+    points, values = _within(labels > 0, grid, coarse)
+    sampled = _sampler(coarse)
     middle = points.mean(axis=0)
 
     def unlike(parameters: Sequence[float], step: int = 1) -> float:
-        there = _moved(_reflection(middle, parameters), points[::step])
+        there = sampled(_reflection(middle, parameters), points[::step])
         with np.errstate(invalid='ignore'):  # no correlation where all is one class
-            alike = np.corrcoef(values[::step], sampled(there))[0, 1]
+            alike = np.corrcoef(values[::step], there)[0, 1]
         return 1 - float(np.nan_to_num(alike))
 
     # A head that is turned has other minima: the search begins in the lowest of many.
@@ -321,21 +323,31 @@ def _moved(matrix: NDArray[Any], points: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
 
 
-def _sampled(
-    scan: Volume, mask: NDArray[np.bool_], millimetres: float
-) -> tuple[NDArray[Any], NDArray[Any], Any]:
-    """Return points of a coarse mask, the scan's values there, and what gives values elsewhere."""
-    coarse = image.coarsened(scan, millimetres)
-    there = image.resample(Volume(mask.astype(np.float32), scan.grid), coarse.grid, threads=1)
-    voxels = np.argwhere(there > 0.5)
-    inverse = np.linalg.inv(coarse.grid.affine)
+def _scaled(scan: Volume) -> Volume:
+    """Return a scan on a coarse grid, from 0 to 1, without its brightest spots."""
+    coarse = image.coarsened(scan, COARSE_MM)
     top = float(np.percentile(coarse.data, 99.5))
-    data = np.clip(coarse.data, 0, top) / max(top, 1e-6)
+    return Volume(np.clip(coarse.data, 0, top) / max(top, 1e-6), coarse.grid)
 
-    def values(points: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(ndimage.map_coordinates(data, _moved(inverse, points).T, order=1))
 
-    return _moved(coarse.grid.affine, voxels), data[tuple(voxels.T)], values
+def _within(
+    mask: NDArray[np.bool_], grid: Grid, coarse: Volume
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return points (n, 3), RAS mm, of a mask on a coarse grid, and the values there."""
+    there = image.resample(Volume(mask.astype(np.float32), grid), coarse.grid, threads=1)
+    voxels = np.argwhere(there > 0.5)
+    return _moved(coarse.grid.affine, voxels), coarse.data[tuple(voxels.T)]
+
+
+def _sampler(scan: Volume) -> Callable[[Matrix, NDArray[Any]], NDArray[Any]]:
+    """Return what gives a scan's values at points that a matrix has moved."""
+    inverse = np.linalg.inv(scan.grid.affine)
+
+    def values(matrix: Matrix, points: NDArray[Any]) -> NDArray[Any]:
+        voxels = _moved(inverse @ matrix, points)
+        return np.asarray(ndimage.map_coordinates(scan.data, voxels.T, order=1))
+
+    return values
 
 
 def _information(a: NDArray[Any], b: NDArray[Any], bins: int = 32) -> float:
@@ -357,12 +369,12 @@ def _alignment(
     where it is, it is misplaced by at least so much.
     """
     wide = ndimage.binary_dilation(brain, iterations=max(1, round(6 / t1w.grid.spacing_mm.min())))
-    points, values, _ = _sampled(t1w, wide, COARSE_MM)
-    _, _, sampled = _sampled(flair, np.ones(flair.data.shape, bool), COARSE_MM)
+    points, values = _within(wide, t1w.grid, _scaled(t1w))
+    sampled = _sampler(_scaled(flair))
     middle = points.mean(axis=0)
 
     def information(change: Matrix) -> float:
-        return _information(values, sampled(_moved(matrix @ change, points)))
+        return _information(values, sampled(matrix @ change, points))
 
     here = information(np.eye(4))
     best, farthest = here, 0.0

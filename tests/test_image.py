@@ -250,6 +250,23 @@ def test_resample_in_other_ways():
     np.testing.assert_array_equal(*(image.resample(*args, threads=n) for n in (1, 2)))
 
 
+@pytest.mark.parametrize('order', [0, 1, 3])
+@pytest.mark.parametrize('step', [(1.5, 1.5, 4), (5, 2.5, 2.5)])
+def test_resample_passes_over_zeros(order, step):
+    """The same numbers as where next to nothing keeps it from passing over anything."""
+    grid, target = make_grid('LAS', (2, 2.5, 3), 120), make_grid('oblique', step, 130)
+    data = np.zeros(grid.shape, np.float32)
+    data[20:31, 9:12, 22:25] = np.random.default_rng(1).random((11, 3, 3))
+    filled = data.copy()
+    filled[[0, -1], [0, -1], [0, -1]] = 1e-12
+    found, whole = (
+        image.resample(Volume(each, grid), target, rigid((3, 4, 5)), order=order)
+        for each in (data, filled)
+    )
+    assert found.max() > 0.2
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+
+
 def test_resample_onto_a_coarse_grid_averages():
     grid = make_grid(spacing_mm=(1, 1, 1), extent_mm=80)
     noise = np.random.default_rng(0).normal(100, 10, grid.shape).astype(np.float32)

@@ -248,6 +248,7 @@ def init_scan_wf(
         fast=fast,
         random_seed=random_seed,
         precomputed=precomputed,
+        omp_nthreads=omp_nthreads,
     )
     to_native = add_segmentation(
         workflow,
@@ -439,6 +440,7 @@ def add_preprocessing(
     fast: bool = False,
     random_seed: int = 0,
     precomputed: Path | None = None,
+    omp_nthreads: int = 1,
 ) -> tuple[Node, Node, Node | None]:
     """Add what brings a scan onto the grids of the network: for training as for inference.
 
@@ -456,6 +458,8 @@ def add_preprocessing(
         Of the registration.
     precomputed
         Transform between the two scans, if there is one.
+    omp_nthreads
+        Most threads of one node.
 
     Returns
     -------
@@ -478,6 +482,7 @@ def add_preprocessing(
         Register(pair=f'{scan.t1w} and {scan.flair.name}', seed=random_seed),
         name='register',
         mem_gb=gigabytes,
+        n_procs=min(2, omp_nthreads) if precomputed is None else 1,
     )
     if precomputed is not None:
         register.inputs.precomputed = str(precomputed)
