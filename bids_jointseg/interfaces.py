@@ -408,9 +408,8 @@ class ToNative(SimpleInterface):
                     'entropy', entropy(joint).astype(np.float16)
                 )
                 if inputs.level == 'full':
-                    self._results['probabilities'] = _save_array(
-                        'probabilities', np.rint(joint * 255).astype(np.uint8)
-                    )
+                    rounded = np.stack([np.rint(p * 255).astype(np.uint8) for p in joint])
+                    self._results['probabilities'] = _save_array('probabilities', rounded)
         return runtime
 
 
