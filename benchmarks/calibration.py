@@ -11,13 +11,14 @@ On the recipe's validation people, never on its test people:
 - the repeatability, of thin slices (1 mm) and thick ones, of a T1w, a FLAIR and both: the same
   scans, the thin ones also cut into slices of 4 mm, and the raw ones of `openms`, which nobody
   labelled and which are thick, are "acquired" twice, as other days would give them: in
-  another position, with another coil, contrast, calibration and noise. Half of a volume's 95 %
-  interval is `k` times the volume that the probabilities leave in doubt, `k = t rms(dV /
-  sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of it, with Student's t for as
-  many degrees of freedom as there are visits among them, since these are few. Each kind of
-  scans borrows four visits from the mean of all kinds. Visits and acquisitions that quality
-  control does not pass are left out: of these the app warns. So are those whose two scans the
-  app refuses to align.
+  another position, with another contrast, calibration and noise, and a coil that changes with the
+  position. Half of a volume's 95 % interval is `k` times the volume that the probabilities leave
+  in doubt, `k = t rms(dV / sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of
+  it, with Student's t for as many degrees of freedom as there are visits among them, since these
+  are few. Each kind of scans borrows four visits from the mean of all kinds. Visits and
+  acquisitions that quality control does not pass are left out: of these the app warns. So are
+  those whose two scans the app refuses to align. `held` says how many of the pairs lie within
+  intervals that were fitted without their visit.
 
 Writes OUT/calibration.json; `--write` also puts both into the model's card.
 """
@@ -54,13 +55,16 @@ from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
 from bids_jointseg.network import load_model
 from bids_jointseg.recipe import Source, read_recipe
 
-TEMPERATURES = np.round(np.arange(0.6, 2.45, 0.1), 1)
+TEMPERATURES = np.round(np.arange(0.4, 2.45, 0.1), 1)
 PAINTINGS = (0, 100, 200, 300)
 """Seeds: each validation head is painted so many times, as nothing but tissue and contrast."""
+COIL, MOVED_COIL = 0.1, 0.02
+"""SD of the logarithm of a painted head's coil, and of what changes where the head lies elsewhere:
+`benchmarks/visits.py` measures that on real visits."""
 SLICE_MM = 4.0
 DRAWS = 2
 BORROWED = 4
-"""Visits that each kind of scans borrows from all: about as many as the rarest kind has."""
+"""Visits that each kind of scans borrows: about as many as the rarest kind has."""
 Ratios = dict[str, dict[str, list[list[float]]]]
 """Acquisition -> label -> for each visit, what its pairs say."""
 NAMES = (*CLASSES[1:], 'brain')
@@ -69,8 +73,8 @@ NAMES = (*CLASSES[1:], 'brain')
 def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
     """Return a visit's scans as another visit would give them.
 
-    The head lies elsewhere in all of them; noise, coil and contrast are each scan's own.
-    Gradients are calibrated to a few tenths of a per cent, so each axis is stretched, too.
+    The head lies elsewhere in all of them, and so in the coil; noise and contrast are each scan's
+    own. Gradients are calibrated to a few tenths of a per cent, so each axis is stretched, too.
     """
     rng = np.random.default_rng((7, *seed))
     angles, shift = np.deg2rad(rng.uniform(-8, 8, 3)), rng.uniform(-8, 8, 3)
@@ -93,13 +97,20 @@ def _acquired(scan: Volume, move: NDArray[np.float64], rng: np.random.Generator)
     data = image.resample(scan, scan.grid, move)
     head = data > image.foreground(data)
     level = float(np.median(data[head]))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    coil = np.exp(0.1 * smooth_field(data.shape, 50, generator).numpy())
+    coil = draw_coil(data.shape, MOVED_COIL, rng)
     noise = rng.normal(0, 0.03 * level, (2, *data.shape))
     contrast = np.maximum(data / level, 0) ** np.exp(rng.normal(0, 0.05)) * level
     again = np.hypot(contrast * coil + noise[0], noise[1])
     # Air that was zero stays so: brains without skull have been extracted.
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
+
+
+def draw_coil(
+    shape: tuple[int, ...], amount: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Return what a coil multiplies a scan by."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    return np.exp(np.float32(amount) * smooth_field(shape, 50, generator).numpy())
 
 
 @dataclass(frozen=True)
@@ -114,10 +125,15 @@ class Visit:
     def scans(self, seed: tuple[int, int] | None) -> dict[str, Volume]:
         """Return the scans as they are (painted ones acquired where they lie), or again."""
         scans = {name: image.load_scan(path) for name, path in self.images.items()}
+        rng = np.random.default_rng(7)
+        if self.painted:
+            scans = {
+                name: Volume(scan.data * draw_coil(scan.data.shape, COIL, rng), scan.grid)
+                for name, scan in scans.items()
+            }
         if seed:
             scans = scanned_again(scans, *seed)
         elif self.painted:
-            rng = np.random.default_rng(7)
             scans = {name: _acquired(scan, np.eye(4), rng) for name, scan in scans.items()}
         return resliced(scans, SLICE_MM) if self.sliced else scans
 
@@ -284,6 +300,23 @@ def factors(ratios: Ratios) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
+def held(ratios: Ratios) -> dict[str, list[int]]:
+    """Return kind -> how many pairs lie in intervals fitted without their visit, and of how many.
+
+    Lesions are left out: many visits have hardly any.
+    """
+    found = {}
+    for kind, labels in ratios.items():
+        inside = []
+        for name, visits in labels.items():
+            for number, pairs in enumerate(visits):
+                others = visits[:number] + visits[number + 1 :]
+                k = factors(ratios | {kind: {name: others}})[kind][name]
+                inside += [abs(pair) < k for pair in pairs if name != 'L']
+        found[kind] = [sum(inside), len(inside)]
+    return found
+
+
 def main() -> None:
     """Calibrate a model."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -368,6 +401,7 @@ def main() -> None:
             for what in ('labels', 'lesions')
         },
         'repeatability': repeatability,
+        'held': held(ratios),
         'pairs': ratios,
     }
     options.out.mkdir(parents=True, exist_ok=True)

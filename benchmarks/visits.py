@@ -1,0 +1,109 @@
+"""How two visits of one person differ that were scanned alike: coil, contrast, noise.
+
+    python benchmarks/visits.py BIDS_DIR OUT_DIR
+
+`OUT_DIR` holds the app's results. For every person with two sessions and each kind of scan:
+
+- coil: the logarithm of how bright white matter is in the second visit against the first, smoothed
+  by a Gaussian of 20 mm; its standard deviation over the brain. The same is measured of pairs
+  of `calibration.py`'s coils;
+- contrast: the exponent that turns the brightness of cortex, against that of white matter, in the
+  first visit into that of the second;
+- noise: the residual of a voxel of white matter against its neighbours in the slice, per cent.
+
+Writes OUT_DIR/visits.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from calibration import MOVED_COIL, draw_coil
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from bids_jointseg import image
+from bids_jointseg.image import Grid, Volume
+from bids_jointseg.quality import INDEX
+
+SMOOTH_MM = 20.0
+
+
+def spread(log_ratio: NDArray[Any], known: NDArray[Any], brain: NDArray[Any], grid: Grid) -> float:
+    """Return the SD over the brain of a ratio that is known in some of its voxels, per cent."""
+    sigma = SMOOTH_MM / grid.spacing_mm
+    weight = ndimage.gaussian_filter(known.astype(np.float32), sigma)
+    smooth = ndimage.gaussian_filter(np.where(known, log_ratio, 0).astype(np.float32), sigma)
+    return 100 * float((smooth / np.maximum(weight, 1e-6))[brain].std())
+
+
+def noise_percent(scan: Volume, white: NDArray[np.bool_]) -> float:
+    """Return the noise in white matter, per cent of its brightness (Gasser et al. 1986)."""
+    plane = [axis for axis in range(3) if axis != scan.grid.thick_axis]
+    near = sum(np.roll(scan.data, step, axis) for axis in plane for step in (-1, 1))
+    residual = (np.sqrt(0.8) * (scan.data - near / 4))[white]
+    found = 1.4826 * np.median(np.abs(residual - np.median(residual)))
+    return 100 * float(found / np.median(scan.data[white]))
+
+
+def compare(one: tuple[Volume, Volume], other: tuple[Volume, Volume]) -> dict[str, float]:
+    """Return how a scan differs from another of its kind, each with its label map."""
+    (first, labels), (second, second_labels) = one, other
+    grid = first.grid
+    move = image.register(first, second)
+    there = image.resample(second, grid, move)
+
+    def in_both(name: str) -> NDArray[np.bool_]:
+        that = Volume((second_labels.data == INDEX[name]).astype(np.float32), second.grid)
+        both = (labels.data == INDEX[name]) & (image.resample(that, grid, move) > 0.9)
+        return np.asarray(both & (first.data > 0) & (there > 0))
+
+    white, cortex = in_both('WM'), in_both('CGM')
+    ratio = np.log(np.where(white, there, 1) / np.where(white, first.data, 1))
+    ratio -= np.median(ratio[white])
+    gray = [np.median(data[cortex]) / np.median(data[white]) for data in (first.data, there)]
+    brain = labels.data > 0
+    rng = np.random.default_rng(0)
+    drawn = [np.log(draw_coil(grid.shape, MOVED_COIL, rng)) for _ in range(2)]
+    return {
+        'coil, SD %': spread(ratio, white, brain, grid),
+        'coils that are drawn, SD %': spread(drawn[1] - drawn[0], brain, brain, grid),
+        'contrast, exponent': float(np.log(gray[1]) / np.log(gray[0])),
+        'noise, %': noise_percent(first, ndimage.binary_erosion(labels.data == INDEX['WM'])),
+    }
+
+
+def main() -> None:
+    """Compare all pairs of visits."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('bids_dir', type=Path)
+    parser.add_argument('out_dir', type=Path)
+    options = parser.parse_args()
+    found = {}
+    for suffix, space in (('T1w', ''), ('FLAIR', '_space-FLAIR')):
+        for person in sorted(options.out_dir.glob('sub-*/')):
+            maps = sorted(person.glob(f'ses-*/anat/*[0-9]{space}_seg-jointseg_dseg.nii.gz'))
+            for pair in pairwise(maps):
+                names = [f'{path.name.partition(f"{space}_seg-")[0]}_{suffix}' for path in pair]
+                first, second = (
+                    (
+                        image.load_scan(options.bids_dir / folder / f'{name}.nii.gz'),
+                        image.load_labels(path),
+                    )
+                    for name, path in zip(names, pair, strict=True)
+                    for folder in [path.parent.relative_to(options.out_dir)]
+                )
+                found[' and '.join(names)] = compare(first, second)
+    for name, row in found.items():
+        print(name, {key: round(value, 2) for key, value in row.items()})
+    text = json.dumps(found, indent=2) + '\n'
+    (options.out_dir / 'visits.json').write_text(text)
+
+
+if __name__ == '__main__':
+    main()
