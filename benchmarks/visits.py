@@ -84,21 +84,21 @@ def main() -> None:
     parser.add_argument('bids_dir', type=Path)
     parser.add_argument('out_dir', type=Path)
     options = parser.parse_args()
+
+    def read(labels: Path, space: str, suffix: str) -> tuple[str, tuple[Volume, Volume]]:
+        """Return the name of a scan, and the scan with its label map."""
+        name = f'{labels.name.partition(f"{space}_seg-")[0]}_{suffix}'
+        folder = options.bids_dir / labels.parent.relative_to(options.out_dir)
+        scan = image.load_scan(folder / f'{name}.nii.gz')
+        return name, (scan, image.load_labels(labels))
+
     found = {}
     for suffix, space in (('T1w', ''), ('FLAIR', '_space-FLAIR')):
         for person in sorted(options.out_dir.glob('sub-*/')):
             maps = sorted(person.glob(f'ses-*/anat/*[0-9]{space}_seg-jointseg_dseg.nii.gz'))
             for pair in pairwise(maps):
-                names = [f'{path.name.partition(f"{space}_seg-")[0]}_{suffix}' for path in pair]
-                first, second = (
-                    (
-                        image.load_scan(options.bids_dir / folder / f'{name}.nii.gz'),
-                        image.load_labels(path),
-                    )
-                    for name, path in zip(names, pair, strict=True)
-                    for folder in [path.parent.relative_to(options.out_dir)]
-                )
-                found[' and '.join(names)] = compare(first, second)
+                (first, one), (second, other) = (read(path, space, suffix) for path in pair)
+                found[f'{first} and {second}'] = compare(one, other)
     for name, row in found.items():
         print(name, {key: round(value, 2) for key, value in row.items()})
     text = json.dumps(found, indent=2) + '\n'
