@@ -308,11 +308,12 @@ def held(ratios: Ratios) -> dict[str, list[int]]:
     found = {}
     for kind, labels in ratios.items():
         inside = []
-        for name, visits in labels.items():
+        for name in labels.keys() - {'L'}:
+            visits = labels[name]
             for number, pairs in enumerate(visits):
                 others = visits[:number] + visits[number + 1 :]
                 k = factors(ratios | {kind: {name: others}})[kind][name]
-                inside += [abs(pair) < k for pair in pairs if name != 'L']
+                inside += [abs(pair) < k for pair in pairs]
         found[kind] = [sum(inside), len(inside)]
     return found
 

@@ -9,7 +9,7 @@
   of `calibration.py`'s coils;
 - contrast: the exponent that turns the brightness of cortex, against that of white matter, in the
   first visit into that of the second;
-- noise: the residual of a voxel of white matter against its neighbours in the slice, per cent.
+- noise: that of quality control, per cent of the brightness of white matter.
 
 Writes OUT_DIR/visits.json.
 """
@@ -29,7 +29,7 @@ from scipy import ndimage
 
 from bids_jointseg import image
 from bids_jointseg.image import Grid, Volume
-from bids_jointseg.quality import INDEX
+from bids_jointseg.quality import INDEX, noise_level
 
 SMOOTH_MM = 20.0
 
@@ -40,15 +40,6 @@ def spread(log_ratio: NDArray[Any], known: NDArray[Any], brain: NDArray[Any], gr
     weight = ndimage.gaussian_filter(known.astype(np.float32), sigma)
     smooth = ndimage.gaussian_filter(np.where(known, log_ratio, 0).astype(np.float32), sigma)
     return 100 * float((smooth / np.maximum(weight, 1e-6))[brain].std())
-
-
-def noise_percent(scan: Volume, white: NDArray[np.bool_]) -> float:
-    """Return the noise in white matter, per cent of its brightness (Gasser et al. 1986)."""
-    plane = [axis for axis in range(3) if axis != scan.grid.thick_axis]
-    near = sum(np.roll(scan.data, step, axis) for axis in plane for step in (-1, 1))
-    residual = (np.sqrt(0.8) * (scan.data - near / 4))[white]
-    found = 1.4826 * np.median(np.abs(residual - np.median(residual)))
-    return 100 * float(found / np.median(scan.data[white]))
 
 
 def compare(one: tuple[Volume, Volume], other: tuple[Volume, Volume]) -> dict[str, float]:
@@ -67,14 +58,14 @@ def compare(one: tuple[Volume, Volume], other: tuple[Volume, Volume]) -> dict[st
     ratio = np.log(np.where(white, there, 1) / np.where(white, first.data, 1))
     ratio -= np.median(ratio[white])
     gray = [np.median(data[cortex]) / np.median(data[white]) for data in (first.data, there)]
-    brain = labels.data > 0
+    brain, inner = labels.data > 0, ndimage.binary_erosion(labels.data == INDEX['WM'])
     rng = np.random.default_rng(0)
     drawn = [np.log(draw_coil(grid.shape, MOVED_COIL, rng)) for _ in range(2)]
     return {
         'coil, SD %': spread(ratio, white, brain, grid),
         'coils that are drawn, SD %': spread(drawn[1] - drawn[0], brain, brain, grid),
         'contrast, exponent': float(np.log(gray[1]) / np.log(gray[0])),
-        'noise, %': noise_percent(first, ndimage.binary_erosion(labels.data == INDEX['WM'])),
+        'noise, %': 100 * noise_level(first, inner) / float(np.median(first.data[inner])),
     }
 
 

@@ -726,6 +726,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         return Exit.SCANS_FAILED
 
     os.environ['NIPYPE_NO_ET'] = os.environ['NO_ET'] = '1'  # nothing is tracked
+    os.environ.setdefault('ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS', '1')  # as its stages ask for
     _spare_processors()
     return _answer('jointseg-train', run)
 

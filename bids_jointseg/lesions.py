@@ -68,14 +68,11 @@ def measure_lesions(
     if not count:
         return []
     voxel_mm3 = abs(float(np.linalg.det(grid.affine[:3, :3])))
-    reach = np.ceil(max(VENTRICLE_MM, CORTEX_MM) / grid.spacing_mm).astype(int)
+    reach_mm = max(VENTRICLE_MM, CORTEX_MM)
     rows: list[dict[str, Any]] = []
     for part, tight in enumerate(ndimage.find_objects(parts), start=1):
         # As much of the surroundings as decides on the zone.
-        box = tuple(
-            slice(max(0, axis.start - r), axis.stop + r)
-            for axis, r in zip(tight, reach, strict=True)
-        )
+        box = _widened(tight, reach_mm, grid)
         inside = parts[box] == part
         voxels = np.argwhere(inside) + [axis.start for axis in box]
         points = voxels @ grid.affine[:3, :3].T + grid.affine[:3, 3]
@@ -144,11 +141,7 @@ def fill_lesions(
     if not wanted.any() or not source.any():
         return filled
     # Only the surroundings of the lesions are looked at.
-    reach = np.ceil(40 / grid.spacing_mm).astype(int)
-    box = tuple(
-        slice(max(0, axis.start - r), axis.stop + r)
-        for axis, r in zip(ndimage.find_objects(wanted.astype(np.uint8))[0], reach, strict=True)
-    )
+    box = _widened(ndimage.find_objects(wanted.astype(np.uint8))[0], 40, grid)
     values, seen, open_ = filled[box], source[box].astype(np.float32), wanted[box].copy()
     noise = np.random.default_rng(0).standard_normal(open_.shape, dtype=np.float32)
     for sigma_mm in (2.0, 4.0, 8.0, 16.0):
@@ -168,6 +161,14 @@ def fill_lesions(
         filled[box][enough] = (mean + spread * noise)[enough]
         open_ &= ~enough
     return filled
+
+
+def _widened(box: tuple[slice, ...], reach_mm: float, grid: Grid) -> tuple[slice, ...]:
+    """Return a box with so much around it."""
+    reach = np.ceil(reach_mm / grid.spacing_mm).astype(int)
+    return tuple(
+        slice(max(0, axis.start - r), axis.stop + r) for axis, r in zip(box, reach, strict=True)
+    )
 
 
 def _diameter_mm(points: NDArray[np.floating], grid: Grid) -> float:

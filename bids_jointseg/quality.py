@@ -441,23 +441,41 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
         if other in medians
     }
     other = 'CGM' if name == 'T1w' else 'VEN'
-    # The residual of a voxel against its four neighbours in the slice (Gasser et al. 1986).
-    plane = [axis for axis in range(3) if axis != volume.grid.thick_axis]
-    near = sum(np.roll(data, step, axis) for axis in plane for step in (-1, 1))
-    residual = (math.sqrt(4 / 5) * (data - near / 4))[white]
-    noise = 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
     if other in medians:
-        found['contrast_to_noise'] = abs(medians['WM'] - medians[other]) / max(noise, 1e-6)
+        contrast = abs(medians['WM'] - medians[other])
+        found['contrast_to_noise'] = contrast / max(noise_level(volume, white), 1e-6)
     values, air = _air(volume)
     if air.sum() > 1000:
         found['air_percent'] = 100 * float(values[air].mean()) / medians['WM']
         # Ghosts lie along the axis of phase encoding: beside the head, or before and behind it.
-        along = [air & (~air).any(axis=axis, keepdims=True) for axis in plane]
+        along = [air & (~air).any(axis=axis, keepdims=True) for axis in _plane(volume.grid)]
         sides = [values[a & ~b] for a, b in (along, along[::-1])]
         if min(len(side) for side in sides) > 300:
             first, second = (float(side.mean()) for side in sides)
             found['ghost_percent'] = 100 * abs(first - second) / medians['WM']
     return found
+
+
+def _plane(grid: Grid) -> list[int]:
+    """Return the two axes of a slice."""
+    return [axis for axis in range(3) if axis != grid.thick_axis]
+
+
+def noise_level(scan: Volume, white: NDArray[np.bool_]) -> float:
+    """Return the SD of a scan's noise, of its intensities.
+
+    From the residual of a voxel against its four neighbours in the slice (Gasser et al. 1986).
+
+    Parameters
+    ----------
+    scan
+        Intensities (X, Y, Z).
+    white
+        (X, Y, Z), voxels of white matter to look at, off its border.
+    """
+    near = sum(np.roll(scan.data, step, axis) for axis in _plane(scan.grid) for step in (-1, 1))
+    residual = (math.sqrt(4 / 5) * (scan.data - near / 4))[white]
+    return 1.4826 * float(np.median(np.abs(residual - np.median(residual))))
 
 
 def _air(volume: Volume) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

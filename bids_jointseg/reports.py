@@ -43,7 +43,7 @@ from bids_jointseg.bids import (
 )
 from bids_jointseg.files import write_bytes
 from bids_jointseg.image import Grid, Volume, foreground
-from bids_jointseg.labels import LABELS, Label
+from bids_jointseg.labels import INDICES, LABELS, Label
 from bids_jointseg.lesions import ZONES
 from bids_jointseg.metrics import bland_altman
 from bids_jointseg.quality import RULES
@@ -170,10 +170,9 @@ class Mosaic:
         canvas = np.zeros((len(LABELS), *self.shape), np.float32)
         for tile in self.tiles:
             section = _slice(labels, tile)
-            there = [n for n, label in enumerate(LABELS) if n and (section == label.index).any()]
-            indicators = np.array([section == LABELS[n].index for n in there])
-            if there:
-                canvas[(there, *tile.place)] = self._projected(tile, indicators, 'linear')
+            indicators = section == INDICES[1:, None, None]
+            there = np.flatnonzero(indicators.any(axis=(1, 2)))
+            canvas[(1 + there, *tile.place)] = self._projected(tile, indicators[there], 'linear')
         canvas[0] = 1 - canvas.sum(axis=0)
         return canvas
 
