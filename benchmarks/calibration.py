@@ -313,7 +313,7 @@ def held(ratios: Ratios) -> dict[str, list[int]]:
             for number, pairs in enumerate(visits):
                 others = visits[:number] + visits[number + 1 :]
                 k = factors(ratios | {kind: {name: others}})[kind][name]
-                inside += [abs(pair) < k for pair in pairs]
+                inside += [bool(abs(pair) < k) for pair in pairs]
         found[kind] = [sum(inside), len(inside)]
     return found
 
