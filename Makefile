@@ -23,7 +23,6 @@ test: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest $(PYTEST)
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check .
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -q tests/test_architecture.py
 
 docs: $(VENV)/.installed

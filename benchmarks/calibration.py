@@ -398,8 +398,7 @@ def main() -> None:
             for what in ('labels', 'lesions')
         },
         'reliability diagram': {
-            what: _diagram(sum(one[best][what] for one in bins))
-            for what in ('labels', 'lesions')
+            what: _diagram(sum(one[best][what] for one in bins)) for what in ('labels', 'lesions')
         },
         'repeatability': repeatability,
         'held': held(ratios),

@@ -641,9 +641,7 @@ def derivative(out_dir: Path, scan: Scan, suffix: str) -> Path:
     return folder / 'anat' / f'{scan.stem}_{suffix}'
 
 
-def expected(
-    scan: Scan, level: str, spaces: Iterable[StandardSpace] = ()
-) -> tuple[str, ...]:
+def expected(scan: Scan, level: str, spaces: Iterable[StandardSpace] = ()) -> tuple[str, ...]:
     """Return the suffixes of all results of a scan, in the order of writing."""
     native = _expected_natively(scan, level)
     return (*native, *(name for space in spaces for name in expected_in(space, scan, level)))

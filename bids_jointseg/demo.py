@@ -319,11 +319,13 @@ def deform(template: Template, subject: Subject, rng: np.random.Generator) -> He
     widening = 2.5 * (subject.age - 30) / 40 * slope / np.abs(slope).max()
     # Large waves shape the head, small ones only the gyri.
     folds = _smooth(template.inside, 4)
-    shift = np.stack([
-        3.5 * _noise(grid.shape, 64, rng)
-        + folds * (1.5 * _noise(grid.shape, 30, rng) + 0.9 * _noise(grid.shape, 12, rng))
-        for _ in range(3)
-    ])
+    shift = np.stack(
+        [
+            3.5 * _noise(grid.shape, 64, rng)
+            + folds * (1.5 * _noise(grid.shape, 30, rng) + 0.9 * _noise(grid.shape, 12, rng))
+            for _ in range(3)
+        ]
+    )
     centre = np.array([0, -18, 5])[:, None, None, None]
     points = (x - centre) / scale + centre + shift + widening
     points = apply_affine(np.linalg.inv(grid.affine), np.moveaxis(points, 0, -1))

@@ -266,9 +266,7 @@ def score(
 # --------------------------------------------------------------------------------------- tables
 
 
-def write_tables(
-    rows: Sequence[Row], folder: Path, *, models: Sequence[str] = ()
-) -> list[Path]:
+def write_tables(rows: Sequence[Row], folder: Path, *, models: Sequence[str] = ()) -> list[Path]:
     """Write all tables of a comparison.
 
     Parameters
@@ -386,9 +384,7 @@ def _write_table1(groups: Groups, folder: Path, models: Sequence[str]) -> list[P
     datasets = list(dict.fromkeys(dataset for dataset, _, _ in groups))
     there = {(dataset, model) for dataset, _, model in groups}
     columns = [
-        column
-        for column in itertools.product(datasets, dict.fromkeys(models))
-        if column in there
+        column for column in itertools.product(datasets, dict.fromkeys(models)) if column in there
     ]
     names = sorted(
         {region for _, region, _ in groups}, key=lambda name: _place(frozenset(name.split('+')))
@@ -482,9 +478,7 @@ class Tool:
 TOOLS: Mapping[str, Tool] = MappingProxyType(
     {
         'bids': Tool(('sub-*/**/*_dseg.nii*',), PROTOCOLS['jointseg']),
-        'freesurfer': Tool(
-            ('*/mri/aseg.mgz', '*/mri/aparc+aseg.mgz'), PROTOCOLS['freesurfer']
-        ),
+        'freesurfer': Tool(('*/mri/aseg.mgz', '*/mri/aparc+aseg.mgz'), PROTOCOLS['freesurfer']),
         'spm': Tool(('**/c1*.nii*',), _three_tissues('spm', ('GM', 'WM', 'CSF')), True),
         'fast': Tool(
             ('**/*_pve_0.nii*', '**/*_pveseg.nii*'),
@@ -1096,9 +1090,7 @@ def _draw(
             two = [reports.Panel(_DRAWN[wanted]), reports.Panel(_DRAWN[array])]
             last = reports.Panel(_DRAWN[wanted] if scan is None else None, marked=differs)
             title = f'{case.name}, {name}'
-            differing.append(
-                reports.Strip(title, upright, 0, where, scan, [*bare, *two, last])
-            )
+            differing.append(reports.Strip(title, upright, 0, where, scan, [*bare, *two, last]))
     image = ['Image'] if strips and len(strips[0].panels) > len(columns) + 1 else []
     drawn = [
         reports.draw_comparison(

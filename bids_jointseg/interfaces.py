@@ -565,9 +565,7 @@ class WriteDerivatives(SimpleInterface):
                     image.save_itk(between[end, start], path)
 
         probability, agreement = _load_array(inputs.lesion)
-        found = lesions.measure_lesions(
-            own, grid, probability=probability, agreement=agreement
-        )
+        found = lesions.measure_lesions(own, grid, probability=probability, agreement=agreement)
         flags = [
             *scan.notes,
             *inputs.flags,

@@ -378,9 +378,7 @@ def slice_tilt(earlier: Grid, later: Grid, later_to_earlier: Matrix) -> float:
     """
     if max(earlier.slice_mm, later.slice_mm) < image.THICK_MM:
         return 0.0
-    before, after = (
-        grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later)
-    )
+    before, after = (grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later))
     cosine = abs(float(before @ (later_to_earlier[:3, :3] @ after)))
     return float(np.degrees(np.arccos(min(1.0, cosine))))
 
@@ -720,9 +718,7 @@ class Visit:
     def volumes(self) -> dict[str, Interval]:
         """Return the brain's and every class' volume with its interval, mm^3."""
         found = {
-            'brain': _interval(
-                self.record, 'brain_volume_mm3', 'brain_low_mm3', 'brain_high_mm3'
-            )
+            'brain': _interval(self.record, 'brain_volume_mm3', 'brain_low_mm3', 'brain_high_mm3')
         }
         path = self.file('seg-jointseg_morph.tsv')
         with path.open(encoding='utf-8', newline='') as stream:
@@ -1029,9 +1025,7 @@ def _draw(
             chosen = of_class == name
             if chosen.any():
                 indicator = Volume(chosen[parts].astype(np.float32), own.grid)
-                np.maximum(
-                    array, image.resample(indicator, grid, way, threads=1), out=array
-                )
+                np.maximum(array, image.resample(indicator, grid, way, threads=1), out=array)
     to_grid = np.linalg.inv(ways[1])
     changed = [row for row in rows if row['change'] not in ('stable', 'unclear')]
     places = [

@@ -154,9 +154,7 @@ def overlap_risk(
         Scalar.
     """
     weights = torch.tensor(group_weights(groups), dtype=p.dtype, device=p.device)
-    found, truth = (
-        (x * valid).transpose(0, 1).flatten(1) for x in (grouped(p, groups), target)
-    )
+    found, truth = ((x * valid).transpose(0, 1).flatten(1) for x in (grouped(p, groups), target))
     numerator, denominator = total(torch.stack(overlap(found, truth)))
     risk: Tensor = (distance((numerator, denominator)) * weights).sum()
     return risk

@@ -894,9 +894,7 @@ def draw_agreement(
         draw.text(((left + right) / 2, bottom + 34), words, '#303030', _font(12), anchor='mm')
         side = Image.new('RGB', (bottom - top, 16), '#ffffff')
         words = 'predicted - reference (ml)'
-        ImageDraw.Draw(side).text(
-            (side.width / 2, 8), words, '#303030', _font(12), anchor='mm'
-        )
+        ImageDraw.Draw(side).text((side.width / 2, 8), words, '#303030', _font(12), anchor='mm')
         image.paste(side.rotate(90, expand=True), (left - 78, top))
     return write_bytes(path, _png(np.asarray(image)))
 
@@ -1060,9 +1058,7 @@ def draw_standard(
         write_bytes(path, _png(picture))
 
 
-def draw_frequency(
-    background: Volume, frequency: NDArray[np.floating], *, people: int
-) -> bytes:
+def draw_frequency(background: Volume, frequency: NDArray[np.floating], *, people: int) -> bytes:
     """Draw how often each voxel of a template is a lesion.
 
     Parameters
@@ -1344,13 +1340,15 @@ def _judged(measures: Mapping[str, float]) -> list[dict[str, Any]]:
         if rule.measure in measures:
             value = measures[rule.measure]
             limits = {'check': rule.check, 'fail': rule.fail}
-            rows.append({
-                'measure': rule.measure,
-                'value': value,
-                'wrong': 'above' if rule.above else 'below',
-                'verdict': rule.verdict(value),
-                **{name: '' if x is None else f'{x:g}' for name, x in limits.items()},
-            })
+            rows.append(
+                {
+                    'measure': rule.measure,
+                    'value': value,
+                    'wrong': 'above' if rule.above else 'below',
+                    'verdict': rule.verdict(value),
+                    **{name: '' if x is None else f'{x:g}' for name, x in limits.items()},
+                }
+            )
     known = {rule.measure for rule in RULES}
     blank = dict.fromkeys(('wrong', 'verdict', 'check', 'fail'), '')
     return rows + [

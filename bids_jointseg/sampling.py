@@ -375,9 +375,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             kinds = augment.warp(person.kinds, points, 'nearest').to(torch.uint8)
             white = (kinds == synth.WHITE).float()
             if mask is not None:
-                matrix = torch.as_tensor(
-                    self._to_lesions(person.box, jitter), dtype=torch.float32
-                )
+                matrix = torch.as_tensor(self._to_lesions(person.box, jitter), dtype=torch.float32)
                 placed = augment.warp(mask, points @ matrix[:3, :3].T + matrix[:3, 3])
                 lesion = torch.maximum(lesion, placed * white)
                 if rng.random() < 0.35:

@@ -459,9 +459,7 @@ def _separable(weights: Sequence[Any], values: NDArray[Any]) -> NDArray[Any]:
     for matrix in weights:
         shape = values.shape
         flat = matrix @ values.reshape(shape[0], -1)
-        values = np.ascontiguousarray(
-            flat.reshape(matrix.shape[0], *shape[1:]).transpose(1, 2, 0)
-        )
+        values = np.ascontiguousarray(flat.reshape(matrix.shape[0], *shape[1:]).transpose(1, 2, 0))
     return values
 
 
@@ -585,18 +583,16 @@ def _information(
     information = float((joint * (logs - parts[0] - parts[1])).sum())
     # The fixed margin stays as it is, and the derivatives of a distribution sum to zero.
     inner = np.where(there, logs - parts[0], 0)
-    change = sum(
-        _spline_slope(found - (first + k)) * inner[rows, first + k] for k in range(4)
-    ) * (seen * (BINS - 5) / total)
+    change = sum(_spline_slope(found - (first + k)) * inner[rows, first + k] for k in range(4)) * (
+        seen * (BINS - 5) / total
+    )
     return information, np.asarray(change)
 
 
 # --- transforms ---------------------------------------------------------------------------------
 
 
-def _to_itk(
-    affine: NDArray[np.float64], lattice: Lattice, control: NDArray[np.float64]
-) -> Any:
+def _to_itk(affine: NDArray[np.float64], lattice: Lattice, control: NDArray[np.float64]) -> Any:
     """Return the transform as ITK writes it: a composite that applies its last part first."""
     lps = _FLIP @ affine @ _FLIP
     linear = sitk.AffineTransform(3)

@@ -354,9 +354,7 @@ def run(
             if (due or late) and together.rank == 0:
                 state.save(checkpoint)
             if due:
-                finished = together.agree(
-                    state.step == settings.steps or _stale(settings, state)
-                )
+                finished = together.agree(state.step == settings.steps or _stale(settings, state))
             if late:
                 break
     if signal.SIGINT in stopped:
@@ -602,9 +600,7 @@ def _means(recent: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class _Log:
     """Progress bar, console, ``curve.csv``, TensorBoard and pictures of one training."""
 
-    def __init__(
-        self, folder: Path, settings: Settings, first: int, together: Processes
-    ) -> None:
+    def __init__(self, folder: Path, settings: Settings, first: int, together: Processes) -> None:
         self.folder, self.steps, self.first = folder, settings.steps, first
         self.quiet = together.rank > 0
         self.board: Any = None
@@ -637,9 +633,7 @@ class _Log:
         self.bar.update()
         self.bar.set_postfix({name: f'{value:.3f}' for name, value in values.items()})
 
-    def write(
-        self, state: _State, dice: Mapping[str, float], held_out: Sequence[Sample]
-    ) -> None:
+    def write(self, state: _State, dice: Mapping[str, float], held_out: Sequence[Sample]) -> None:
         """Add a line to the curve and show it; draw what the network now makes of a sample."""
         losses = _means(state.recent)
         rate = (time.monotonic() - self.begun) / max(1, state.step - self.first)
@@ -814,9 +808,7 @@ def read_data(
             Cohort(
                 source,
                 tuple(
-                    read_person(
-                        path, landmarks, source.tells, loose_edges=source.loose_edges
-                    )
+                    read_person(path, landmarks, source.tells, loose_edges=source.loose_edges)
                     for path in chosen[part][source.name]
                 ),
             )

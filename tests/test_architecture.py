@@ -20,6 +20,7 @@ def run(tool, *arguments, cwd=ROOT):
 
 def test_style():
     run('ruff', 'check', '--no-cache', '.')
+    run('ruff', 'format', '--check', '--no-cache', '.')
 
 
 def test_types(tmp_path):

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from runs import Run
 
 
-
 @pytest.fixture(scope='module')
 def cohort(server, tmp_path_factory):
     return make_small_cohort(server, tmp_path_factory.mktemp('faults'))
@@ -532,9 +531,10 @@ def full_gpu() -> None:
 
 def test_a_gpu_whose_memory_is_full(pair, calm):
     goes_on(pair, 'gpu', calm, before=((full_gpu, []),))
-    assert 'has too little free memory for this scan: using the CPU' in (
-        pair.folder / 'gpu' / 'logs' / 'err.txt'
-    ).read_text()
+    assert (
+        'has too little free memory for this scan: using the CPU'
+        in (pair.folder / 'gpu' / 'logs' / 'err.txt').read_text()
+    )
 
 
 # --- workers that hang, inputs that go ----------------------------------------------------------

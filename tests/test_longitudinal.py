@@ -347,9 +347,7 @@ def add_session(root, session, lesions=LESIONS, *, low_high=True, flair=True, **
     path = raw / 'sub-01' / f'ses-{session}' / 'anat' / f'{stem}_{suffix}.nii.gz'
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(scan.data.astype(np.int16), grid.affine), path)
-    unit = bids.Scan(
-        '01', session, None if flair else path, path if flair else None, stem
-    )
+    unit = bids.Scan('01', session, None if flair else path, path if flair else None, stem)
     for name, array in (
         ('seg-jointseg_dseg.nii.gz', labels),
         ('seg-jointseg_label-L_probseg.nii.gz', probability.astype(np.float32)),

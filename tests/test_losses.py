@@ -126,9 +126,7 @@ def test_the_overlap_is_of_the_whole_batch():
     valid = torch.ones(2, 1, 4, 1, 1, dtype=torch.float64)
     expected = (1 - (1 + 10) / (3 + 10)) / 2 + (1 - (5 + 10) / (7 + 10)) / 2
     assert overlap_risk(p, target, one, valid) == pytest.approx(expected)
-    alone = [
-        overlap_risk(p[k : k + 1], target[k : k + 1], one, valid[:1]) for k in range(2)
-    ]
+    alone = [overlap_risk(p[k : k + 1], target[k : k + 1], one, valid[:1]) for k in range(2)]
     assert sum(alone) / 2 != pytest.approx(expected, abs=1e-3)
 
 
@@ -219,9 +217,7 @@ OTHERS = [name for name in CLASSES if name != 'L']
     ],
     ids=['lesions only', 'wmh2017', 'tissue hidden', 'tissue only', 'some tissues'],
 )
-def test_no_gradient_to_a_distinction_that_nobody_annotated(
-    tmp_path, overlap, says, tells, alike
-):
+def test_no_gradient_to_a_distinction_that_nobody_annotated(tmp_path, overlap, says, tells, alike):
     target, valid, groups = annotated(tmp_path, says, *tells)
     raw = logits()
     p = raw.softmax(1)
@@ -315,9 +311,7 @@ def test_a_false_lesion_in_an_empty_volume_is_punished():
     target = torch.zeros(1, len(CLASSES), *SHAPE, dtype=torch.float64)
     target[:, 1] = 1
     for risk in (overlap_risk, cross_entropy):
-        (gradient,) = torch.autograd.grad(
-            risk(raw.softmax(1), target, SINGLE, everywhere()), raw
-        )
+        (gradient,) = torch.autograd.grad(risk(raw.softmax(1), target, SINGLE, everywhere()), raw)
         assert (gradient[:, LESION] > 0).all()
 
 

@@ -296,9 +296,7 @@ def test_painted_datasets_and_lesion_masks_are_their_label_maps(tmp_path):
     assert found(tissue(modalities=(), painted=('T1w',), annotation='.'), root) == [
         ('sub-1', None, None, 'sub-1_desc-x_dseg')
     ]
-    masks = Source(
-        'a', annotation='.', suffix='mask', protocol='binary-lesion', lesion_masks=True
-    )
+    masks = Source('a', annotation='.', suffix='mask', protocol='binary-lesion', lesion_masks=True)
     assert found(masks, root) == [('sub-2', None, None, 'sub-2_space-MNI152_label-lesion_mask')]
 
 

@@ -56,7 +56,10 @@ def test_against_published_transforms(visit, moved):
     t1w = image.load_scan(anat / f'{stem}_T1w.nii.gz')
     # It says from T1w to FLAIR, of images; so it maps the FLAIR's points to the T1w's.
     published = image.load_itk(
-        OPENMS / 'derivatives/reference' / visit / 'anat'
+        OPENMS
+        / 'derivatives/reference'
+        / visit
+        / 'anat'
         / f'{stem}_from-T1w_to-FLAIR_mode-image_xfm.txt'
     )
     brain = brain_points(flair)
@@ -66,7 +69,9 @@ def test_against_published_transforms(visit, moved):
     if moved:  # turned and shifted by some 25 mm
         angle = np.deg2rad(9)
         away[:3, :3] = [
-            [np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1],
+            [np.cos(angle), -np.sin(angle), 0],
+            [np.sin(angle), np.cos(angle), 0],
+            [0, 0, 1],
         ]
         away[:3, 3] = (15, -12, 18)
         flair = Volume(flair.data, Grid(flair.grid.shape, away @ flair.grid.affine))

@@ -46,9 +46,7 @@ from bids_jointseg.training import Settings as TrainingSettings
 WHITE, GRAY, VENTRICLE = (bits({name}) for name in ('WM', 'CGM', 'VEN'))
 FULL = Source('a', modalities=('T1w', 'FLAIR'), annotation='.', protocol='jointseg')
 PLAIN = Settings(window=(12, 12, 6), augment=False, lesion_centre=0.0)
-BENT = Settings(
-    window=(16, 16, 8), thin_window=(16, 16, 8), lesion_centre=0.5, outside_share=0.1
-)
+BENT = Settings(window=(16, 16, 8), thin_window=(16, 16, 8), lesion_centre=0.5, outside_share=0.1)
 
 
 def ball(shape: tuple[int, ...], radius: float) -> np.ndarray:
@@ -595,9 +593,7 @@ def test_lesions_are_painted_into_white_matter_bright_on_flair(head, mask):
     assert seen >= 8
     assert brighter >= 0.9 * seen
     # And into no other dataset.
-    none = windows(
-        head[1], source=replace(PAINTED, lesions=False), settings=AROUND, masks=[mask]
-    )
+    none = windows(head[1], source=replace(PAINTED, lesions=False), settings=AROUND, masks=[mask])
     assert not any((none[number].target[lesion] > 0).any() for number in range(5))
 
 
@@ -650,9 +646,7 @@ def test_a_whole_painted_head_of_thick_slices(head):
     assert grid.spacing_mm.tolist() == [1, 1, 4]
     thin, _ = painted_grid(volume, 'freesurfer')
     # The first slice is the mean of the first four.
-    np.testing.assert_allclose(
-        grid.affine @ [0, 0, 0, 1], (thin.affine @ [0, 0, 1.5, 1])
-    )
+    np.testing.assert_allclose(grid.affine @ [0, 0, 0, 1], (thin.affine @ [0, 0, 1.5, 1]))
 
 
 def test_contrasts_spread_step_by_step(tmp_path, monkeypatch):

@@ -43,9 +43,7 @@ KILLED = (
     'a smaller --nprocs, or --fast'
 )
 
-NO_MEMORY = re.compile(
-    r"can't allocate memory|could not create a primitive|failed to map segment"
-)
+NO_MEMORY = re.compile(r"can't allocate memory|could not create a primitive|failed to map segment")
 """What PyTorch says, oneDNN within it, and the loader of a library."""
 
 HUNG = 'took longer than {hours:g} hours and was ended: the same command tries it again'

@@ -239,9 +239,7 @@ def _run(
 # --- cache --------------------------------------------------------------------------------------
 
 
-def _cache(
-    options: Options, recipe: Recipe, items: Sequence[Item]
-) -> list[execution.Failure]:
+def _cache(options: Options, recipe: Recipe, items: Sequence[Item]) -> list[execution.Failure]:
     workflow = Workflow('cache', base_dir=str(_work(options)))
     for item in items:
         workflow.add_nodes([init_cache_wf(item, recipe=recipe, folder=_work(options) / 'scans')])
@@ -377,9 +375,7 @@ def _painted_stem(options: Options, item: Item) -> Path:
 def _painted(options: Options, item: Item) -> Annotated:
     """Return the painted scan of a test person who has none."""
     stem = _painted_stem(options, item)
-    images = {
-        name: stem.with_name(f'{stem.name}_{name}.nii.gz') for name in item.source.painted
-    }
+    images = {name: stem.with_name(f'{stem.name}_{name}.nii.gz') for name in item.source.painted}
     scan = Scan(
         subject=item.found.subject,
         session=None,
@@ -505,9 +501,7 @@ def _split(
     return recipe.split(people, fold)
 
 
-def _test_items(
-    items: Sequence[Item], split: Mapping[str, Mapping[str, str]]
-) -> list[Item]:
+def _test_items(items: Sequence[Item], split: Mapping[str, Mapping[str, str]]) -> list[Item]:
     """Return the annotated scans of the people whom a fold tests on."""
     return [
         item
