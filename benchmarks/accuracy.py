@@ -272,29 +272,34 @@ def dice_table(sets: Mapping[str, Mapping[str, Case]], rows: Sequence[Row]) -> l
 def rescans(cases: Mapping[str, Case], out: Path) -> dict[str, list[Row]]:
     """Return person -> what the app's two volumes of each tissue say of a change (there is none).
 
-    `percent` is the difference, `half_width_percent` half of the interval of one scan.
+    `percent` is the difference, `manual_percent` that of the manual labels of the two scans, and
+    `half_width_percent` half of the interval of one scan.
     """
     scans = defaultdict(list)
     for subject, case in cases.items():
-        scans[case.person].append(volumes(out, subject))
+        scans[case.person].append((volumes(out, subject), voxels(case)))
     found = {}
-    for person, (before, *others) in scans.items():
-        for after in others:
+    for person, ((before, drawn_before), *others) in scans.items():
+        for after, drawn_after in others:
             found[person] = [
                 {
-                    'name': row['name'],
-                    'percent': 200
-                    * abs(row['change_mm3'])
-                    / (before[row['name']][0] + after[row['name']][0]),
+                    'name': name,
+                    'percent': _apart(before[name][0], after[name][0]),
+                    'manual_percent': _apart(drawn_before[name], drawn_after[name]),
                     'changed': row['changed'],
                     'half_width_percent': 50
-                    * (before[row['name']][2] - before[row['name']][1])
-                    / before[row['name']][0],
+                    * (before[name][2] - before[name][1])
+                    / before[name][0],
                 }
                 for row in compare_volumes(before, after)
-                if row['name'] in TISSUES
+                if (name := row['name']) in TISSUES
             ]
     return found
+
+
+def _apart(one: float, other: float) -> float:
+    """Return how far two volumes differ, per cent of their mean."""
+    return 200 * abs(one - other) / (one + other)
 
 
 def volumes(out: Path, subject: str) -> dict[str, tuple[float, float, float]]:
@@ -315,6 +320,7 @@ def rescan_table(found: Mapping[str, list[Row]]) -> list[str]:
     lines.append('|---|' + '---:|' * 6)
     for words, key, middle in (
         ('difference of the volumes, mean %', 'percent', np.mean),
+        ('of the manual labels, mean %', 'manual_percent', np.mean),
         ('half-width of the interval, median %', 'half_width_percent', np.median),
     ):
         cells = (middle([row[key] for row in each if row['name'] == name]) for name in TISSUES)
@@ -328,6 +334,14 @@ def true_labels(case: Case) -> NDArray[np.uint8]:
     """Return the reference in the package's numbers, 255 where nothing is known."""
     labels = load_labels(case.annotation).data.astype(np.int64)
     return own_labels(PROTOCOLS[case.protocol].encode(labels))
+
+
+def voxels(case: Case) -> dict[str, int]:
+    """Return class -> voxels of the reference."""
+    labels = true_labels(case)
+    return {
+        name: int((labels == index).sum()) for index, name in zip(INDICES, CLASSES, strict=True)
+    }
 
 
 def own_labels(sets: NDArray[np.uint8]) -> NDArray[np.uint8]:
