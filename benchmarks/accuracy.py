@@ -54,6 +54,7 @@ from bids_jointseg.image import (
     register,
     resample,
     save,
+    volumes_mm3,
 )
 from bids_jointseg.interfaces import PaintHead
 from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
@@ -277,7 +278,8 @@ def rescans(cases: Mapping[str, Case], out: Path) -> dict[str, list[Row]]:
     """
     scans = defaultdict(list)
     for subject, case in cases.items():
-        scans[case.person].append((volumes(out, subject), voxels(case)))
+        drawn = volumes_mm3(true_labels(case), load_grid(case.annotation))
+        scans[case.person].append((volumes(out, subject), drawn))
     found = {}
     for person, ((before, drawn_before), *others) in scans.items():
         for after, drawn_after in others:
@@ -334,14 +336,6 @@ def true_labels(case: Case) -> NDArray[np.uint8]:
     """Return the reference in the package's numbers, 255 where nothing is known."""
     labels = load_labels(case.annotation).data.astype(np.int64)
     return own_labels(PROTOCOLS[case.protocol].encode(labels))
-
-
-def voxels(case: Case) -> dict[str, int]:
-    """Return class -> voxels of the reference."""
-    labels = true_labels(case)
-    return {
-        name: int((labels == index).sum()) for index, name in zip(INDICES, CLASSES, strict=True)
-    }
 
 
 def own_labels(sets: NDArray[np.uint8]) -> NDArray[np.uint8]:
