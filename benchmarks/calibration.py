@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -318,6 +318,58 @@ def held(ratios: Ratios) -> dict[str, list[int]]:
     return found
 
 
+def fit_temperature(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the temperature that makes labels most likely, and how far it calibrates.
+
+    Takes what :func:`measure` says of visits with labels.
+    """
+    likelihood = np.mean([r['nll'] for r in known], axis=0)
+    bins = [r['bins'] for r in known]
+    best = int(likelihood.argmin())
+    both = {'at 1': int(np.flatnonzero(TEMPERATURES == 1)[0]), 'calibrated': best}
+    kinds = ('labels', 'lesions')
+    return {
+        'temperature': float(TEMPERATURES[best]),
+        'negative log-likelihood': {
+            name: round(float(likelihood[number]), 4) for name, number in both.items()
+        },
+        'expected calibration error': {
+            what: {
+                name: round(
+                    float(np.nanmean([_calibration_error(one[number][what]) for one in bins])), 4
+                )
+                for name, number in both.items()
+            }
+            for what in kinds
+        },
+        'reliability diagram': {
+            what: _diagram(sum(one[best][what] for one in bins)) for what in kinds
+        },
+    }
+
+
+def fit_repeatability(again: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Return `k` of each kind of scans and label, how many pairs it holds, and the pairs.
+
+    Takes what :func:`measure` says of :data:`DRAWS` acquisitions of each visit, one visit after
+    the other.
+    """
+    ratios: Ratios = defaultdict(lambda: defaultdict(list))
+    for first in range(0, len(again), DRAWS):
+        every = again[first : first + DRAWS]
+        drawn = [r for r in every if r and r['verdict'] == 'pass']
+        for name in NAMES:
+            pairs = [
+                (a['volumes'][name] - b['volumes'][name])
+                / np.hypot(*(r['doubt'][name] for r in (a, b)))
+                for a, b in combinations(drawn, 2)
+                if a['volumes'][name] + b['volumes'][name] > 0
+            ]
+            if pairs:
+                ratios[drawn[0]['acquisition']][name].append(pairs)
+    return {'repeatability': factors(ratios), 'held': held(ratios), 'pairs': ratios}
+
+
 def main() -> None:
     """Calibrate a model."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -350,60 +402,23 @@ def main() -> None:
     ]
     found = list(pool.map(measure, [(options.model, visit, None, 1.0) for visit in told]))
     known = [r for r in found if r]
-    likelihood = np.array([r['nll'] for r in known])
-    best = int(likelihood.mean(axis=0).argmin())
-    temperature = float(TEMPERATURES[best])
-    even = int(np.flatnonzero(TEMPERATURES == 1)[0])
+    likeliest = fit_temperature(known)
     sound = [v for v, r in zip(told, found, strict=True) if r and r['verdict'] == 'pass']
     print(f'{len(sound)} of {len(told)} visits pass quality control', flush=True)
     visits = [*sound, *(replace(visit, sliced=True) for visit in sound), *clinical]
     jobs = [
-        (options.model, visit, (number, draw), temperature)
+        (options.model, visit, (number, draw), likeliest['temperature'])
         for number, visit in enumerate(visits)
         for draw in range(DRAWS)
     ]
     again = list(pool.map(measure, jobs))
     pool.shutdown()
 
-    bins = [r['bins'] for r in known]
-    ratios: Ratios = defaultdict(lambda: defaultdict(list))
-    for number in range(len(visits)):
-        every = again[number * DRAWS : (number + 1) * DRAWS]
-        drawn = [r for r in every if r and r['verdict'] == 'pass']
-        for name in NAMES:
-            pairs = [
-                (a['volumes'][name] - b['volumes'][name])
-                / np.hypot(*(r['doubt'][name] for r in (a, b)))
-                for a, b in combinations(drawn, 2)
-                if a['volumes'][name] + b['volumes'][name] > 0
-            ]
-            if pairs:
-                ratios[drawn[0]['acquisition']][name].append(pairs)
-    repeatability = factors(ratios)
-    record = {
-        'command': 'python benchmarks/calibration.py DATA OUT',
-        'weights': card.sha256,
-        'temperature': temperature,
-        'negative log-likelihood': {
-            name: round(float(likelihood.mean(axis=0)[number]), 4)
-            for name, number in (('at 1', even), ('calibrated', best))
-        },
-        'expected calibration error': {
-            what: {
-                name: round(
-                    float(np.nanmean([_calibration_error(one[number][what]) for one in bins])), 4
-                )
-                for name, number in (('at 1', even), ('calibrated', best))
-            }
-            for what in ('labels', 'lesions')
-        },
-        'reliability diagram': {
-            what: _diagram(sum(one[best][what] for one in bins)) for what in ('labels', 'lesions')
-        },
-        'repeatability': repeatability,
-        'held': held(ratios),
-        'pairs': ratios,
-    }
+    record = (
+        {'command': 'python benchmarks/calibration.py DATA OUT', 'weights': card.sha256}
+        | likeliest
+        | fit_repeatability(again)
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2) + '\n'
     (options.out / 'calibration.json').write_text(text)
@@ -411,7 +426,7 @@ def main() -> None:
     if options.write and card.path is not None:
         content = json.loads(card.path.read_text(encoding='utf-8'))
         del record['pairs']
-        content |= {'temperature': temperature, 'repeatability': repeatability}
+        content |= {name: record[name] for name in ('temperature', 'repeatability')}
         content['accuracy']['calibration'] = record
         card.path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n')
 
