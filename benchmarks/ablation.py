@@ -91,9 +91,9 @@ def datasets(change: Callable[[Source], Source | None]) -> Change:
     )
 
 
-def without(name: str) -> Change:
-    """Leave a dataset out."""
-    return datasets(lambda source: None if source.name == name else source)
+def without(root: str) -> Change:
+    """Leave the datasets of a folder out."""
+    return datasets(lambda source: None if source.root == root else source)
 
 
 def self_taught(recipe: Recipe) -> Recipe:
@@ -111,7 +111,7 @@ ROWS: dict[str, Change] = {
     'real scans only': without('heads'),
     'painted heads only': without('neuromorphometrics'),
     'no lesions in tissue people': datasets(
-        lambda s: replace(s, lesions=s.name != 'neuromorphometrics')
+        lambda s: replace(s, lesions=s.root != 'neuromorphometrics')
     ),
     'no modality dropout': samples(modalities=((BOTH, 1.0),)),
     'slices of 6 mm': lambda recipe: replace(recipe, slice_mm=(3.0, 3.0)),

@@ -27,6 +27,8 @@ BACKGROUND = bits({'BG'})
 # First and last voxel of the cerebrum in the 1 mm MNI152 space of the masks, whose canonical
 # grid is 182 x 218 x 182: measured on nilearn's ICBM152 brain mask, without the brainstem.
 MNI_CEREBRUM = np.array([[19.0, 19.0, 28.0], [163.0, 199.0, 154.0]])
+MARGIN = 8.0
+"""Voxels around the brain that a window over it may show, where it need not show more."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,15 @@ class Windows(torch.utils.data.Dataset[Sample]):
             pick = lesions[int(rng.integers(len(lesions)))].numpy().astype(float)
             centre = pick + rng.uniform(-s.dilate_mm, s.dilate_mm, 3) / person.spacing_mm
         else:
-            margin = 0.12 * (high - low)
-            centre = rng.uniform(low - [0, 0, 30 / person.spacing_mm[2]] + margin, high - margin)
+            # As inference places it: over the brain, of which it shows as much as it can. The
+            # box of the cerebrum ends above the cerebellum.
+            below = 0 if person.kinds is None else 40 / person.spacing_mm[2]
+            size = np.array((*plan.window[:2], plan.window[2] * count), dtype=float)
+            size = size * (2 if coarse else 1)
+            half = np.empty(3)
+            half[list(augment.AXES[slicing] if person.isotropic else (0, 1, 2))] = size / 2
+            ends = np.sort([low - [0, 0, below] - MARGIN + half, high + MARGIN - half], axis=0)
+            centre = rng.uniform(*ends)
         if person.isotropic:
             geometry = augment.draw_geometry(
                 rng, fine, slicing, centre, count / dense, upright=intact

@@ -201,6 +201,7 @@ def test_streams_of_the_packaged_recipes():
     assert streams == {
         'jointseg': {
             'neuromorphometrics': 'tissue',
+            'neuromorphometrics-painted': 'tissue',
             'heads': 'lesions',
             'openms-mni': 'masks',
             'openms': 'unlabelled',

@@ -419,6 +419,29 @@ def dot(shape: tuple[int, int, int], place: tuple[int, int, int]) -> np.ndarray:
     return sets
 
 
+@pytest.mark.parametrize('slice_mm', [1.0, 3.0])
+def test_windows_lie_over_the_brain(tmp_path, slice_mm):
+    """As at inference: one that is smaller shows little else, one that is larger shows it all."""
+    inside = np.zeros((90, 100, 96), bool)
+    inside[20:70, 20:80, 16:76] = True
+    sets = np.where(inside, WHITE, BACKGROUND).astype(np.uint8)
+    scan = {'T1w': inside * np.random.default_rng(0).uniform(80, 120, inside.shape)}
+    person = read_person(write(tmp_path / 'a.npz', sets, images=scan))
+    white = FULL.labels.atoms().index({'WM'})
+    for window, least in (((40, 40, 24), 0.8 * 0.8 * 16 / 24), ((96, 96, 96), None)):
+        settings = replace(
+            BENT, window=window, thin_window=window, intact_share=1.0, outside_share=0.0,
+            view_share=0.0,
+        )  # fmt: skip
+        for number in range(12):
+            drawn = windows(person, settings=settings, slice_mm=(slice_mm, slice_mm))[number]
+            share = drawn.target[white].sum()
+            if least is None:
+                assert share * slice_mm == pytest.approx(inside.sum(), rel=0.02)
+            else:
+                assert share / drawn.target[white].numel() > 0.95 * least
+
+
 def test_windows_are_centred_at_dilated_lesions(tmp_path):
     place = (20, 18, 9)
     path = write(tmp_path / 'a.npz', dot((40, 36, 18), place), spacing=(1, 1, 3))
