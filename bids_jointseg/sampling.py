@@ -246,12 +246,12 @@ class Windows(torch.utils.data.Dataset[Sample]):
         else:
             # As inference places it: over the brain, of which it shows as much as it can. The
             # box of the cerebrum ends above the cerebellum.
-            below = 0 if person.kinds is None else 40 / person.spacing_mm[2]
+            under = 0.0 if person.kinds is None else 40 / person.spacing_mm[2]
             size = np.array((*plan.window[:2], plan.window[2] * count), dtype=float)
             size = size * (2 if coarse else 1)
             half = np.empty(3)
             half[list(augment.AXES[slicing] if person.isotropic else (0, 1, 2))] = size / 2
-            ends = np.sort([low - [0, 0, below] - MARGIN + half, high + MARGIN - half], axis=0)
+            ends = np.sort([low - [0, 0, under] - MARGIN + half, high + MARGIN - half], axis=0)
             centre = rng.uniform(*ends)
         if person.isotropic:
             geometry = augment.draw_geometry(
