@@ -66,8 +66,8 @@ def base(steps: int) -> Recipe:
         recipe,
         slice_mm=(1.0, 1.0),
         fractions=(1.0, 0.0, 0.0),  # but for the people whom it lists
-        training=recipe.training | TRAINING | {'steps': steps, 'validate_every': steps},
-        samples=recipe.samples | SAMPLES,
+        training=replace(recipe.training, **TRAINING, steps=steps, validate_every=steps),
+        samples=replace(recipe.samples, **SAMPLES),
     )
 
 
@@ -76,12 +76,12 @@ Change = Callable[[Recipe], Recipe]
 
 def training(**values: Any) -> Change:
     """Change the optimisation."""
-    return lambda recipe: replace(recipe, training=recipe.training | values)
+    return lambda recipe: replace(recipe, training=replace(recipe.training, **values))
 
 
 def samples(**values: Any) -> Change:
     """Change what is sampled."""
-    return lambda recipe: replace(recipe, samples=recipe.samples | values)
+    return lambda recipe: replace(recipe, samples=replace(recipe.samples, **values))
 
 
 def datasets(change: Callable[[Source], Source | None]) -> Change:

@@ -486,7 +486,10 @@ def train(which: str, steps: int, threads: int, monai: str) -> dict[str, float]:
         if which == 'unet':
             architecture = {'name': 'unet', 'channels': [16, 32, 64, 128, 128]}
         settings = training.Settings(
-            architecture, steps=steps, consistency_from=steps + 1, validate_every=steps + 1
+            architecture=architecture,
+            steps=steps,
+            consistency_from=steps + 1,
+            validate_every=steps + 1,
         )
 
         def run() -> None:

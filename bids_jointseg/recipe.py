@@ -14,13 +14,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from bids_jointseg.config import convert
 from bids_jointseg.labels import Protocol, ProtocolError, protocol
 
 LOGGER = logging.getLogger('bids_jointseg')
 RECIPES = Path(__file__).parent / 'data' / 'recipes'
 SUFFIXES = ('dseg', 'mask')
+CHOICES = {
+    'optimiser': ('adam', 'adamw'),
+    'schedule': ('polynomial', 'constant'),
+    'overlap': ('soergel', 'tanimoto'),
+}
+"""Of settings that are one of a few words."""
 PAINTABLE = ('freesurfer', 'neuromorphometrics')
 """Protocols of which :mod:`bids_jointseg.synth` knows what tissue every label is."""
 
@@ -123,8 +130,139 @@ class Source:
 
 
 @dataclass(frozen=True)
+class TrainingSettings:
+    """What a recipe says about the optimisation.
+
+    Attributes
+    ----------
+    steps
+        Iterations.
+    batch
+        Samples of each stream in an iteration, in each process.
+    optimiser, rate, betas, decay
+        `adam` or `adamw`.
+    schedule
+        `polynomial`: 100 iterations of warm-up, then the rate falls to zero (power 0.9);
+        `constant`.
+    clip
+        Largest norm of a gradient.
+    overlap
+        `soergel` or `tanimoto`.
+    entropy_weight
+        Of the cross-entropy beside the overlap.
+    consistency_from, consistency_every
+        Warm-up of the unlabelled term, and the iterations between two of them.
+    lesions_every
+        Iterations between two batches of the people whose annotation tells lesions, where there
+        are others whose tissue is told: every iteration has one of these.
+    subsets
+        Sets of modalities whose answer is compared with that of all; by default every one.
+    stop_gradient
+        The answer of all modalities teaches that of a subset and learns nothing from it.
+    spare_lesions
+        Leave lesion voxels out of the unlabelled term.
+    supervise_subsets
+        Lesions are learned from the subset as well.
+    average
+        Decay of the moving average of the weights, which is what is exported; 0 takes the last.
+    validate_every, patience
+        Iterations between two looks at the validation people (and checkpoints), and how many
+        looks without a better score end the training, which then exports the best weights; 0
+        never ends it early.
+    seed
+        Of weights and samples.
+    init
+        Name or card of a model to start from, or '' to start from random weights. A U-Net may
+        have more channels than that model.
+    """
+
+    steps: int = 5000
+    batch: int = 1
+    optimiser: str = 'adamw'
+    rate: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay: float = 1e-4
+    schedule: str = 'polynomial'
+    clip: float = 5.0
+    overlap: str = 'soergel'
+    entropy_weight: float = 1.0
+    consistency_from: int = 800
+    consistency_every: int = 8
+    lesions_every: int = 1
+    subsets: tuple[tuple[str, ...], ...] = ()
+    stop_gradient: bool = False
+    spare_lesions: bool = True
+    supervise_subsets: bool = True
+    average: float = 0.997
+    validate_every: int = 100
+    patience: int = 0
+    seed: int = 2019
+    init: str = ''
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What a recipe says about samples.
+
+    Attributes
+    ----------
+    window
+        Voxels, slices last.
+    thin_window, thin_share
+        The same for slices of 1 mm, and how often these are made of an isotropic scan.
+    augment
+        Bend, turn and degrade what is sampled. Without, windows are cut out as they are.
+    intact_share
+        How often a person who has scans is shown upright, without anything that degrades these:
+        as sharp as the scans to come. Thick slices are still made of isotropic ones.
+    lesion_share
+        How often lesions are painted into a person who is painted.
+    lesion_centre
+        How often a window is centred at a lesion, give or take `dilate_mm`.
+    outside_share
+        How often it shows face or neck.
+    strip_share, borrow_share
+        How often a painted head loses its skull, a skull-stripped one gets another's.
+    view_share
+        How often a scan ends within the window.
+    contrast_spread
+        How far the contrasts of painted scans stray: 0 is one scanner with one protocol.
+    contrast_steps
+        Iterations in which they spread from one scanner's to `contrast_spread`.
+    coarse_steps, coarse_window
+        Iterations, the first, with voxels twice as large in windows of so many of them, never of
+        thick slices: random weights learn there what a head looks like, in a fraction of the
+        time.
+    modalities
+        Sets of modalities and their weights, of those that a person has.
+    """
+
+    window: tuple[int, int, int] = (112, 128, 32)
+    thin_window: tuple[int, int, int] = (96, 112, 48)
+    thin_share: float = 0.5
+    augment: bool = True
+    intact_share: float = 0.0
+    lesion_share: float = 0.7
+    lesion_centre: float = 0.7
+    dilate_mm: float = 16.0
+    outside_share: float = 0.2
+    strip_share: float = 0.4
+    borrow_share: float = 0.4
+    view_share: float = 0.15
+    contrast_spread: float = 1.0
+    contrast_steps: int = 0
+    coarse_steps: int = 0
+    coarse_window: tuple[int, int, int] = (64, 80, 40)
+    modalities: tuple[tuple[tuple[str, ...], float], ...] = (
+        (('T1w',), 0.35),
+        (('FLAIR',), 0.2),
+        (('T1w', 'FLAIR'), 0.45),
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; `training` and `samples` are the arguments of their settings.
+    """A whole recipe.
 
     Attributes
     ----------
@@ -142,6 +280,8 @@ class Recipe:
         Of the people in training, validation and test.
     split_seed
         Another one splits other people.
+    training, samples
+        See there.
     """
 
     name: str
@@ -157,8 +297,8 @@ class Recipe:
     folds: int = 1
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     split_seed: int = 0
-    training: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, Any] = field(default_factory=dict)
+    training: TrainingSettings = TrainingSettings()
+    samples: SampleSettings = SampleSettings()
 
     def split(
         self, people: Mapping[str, Iterable[str]], fold: int = 0
@@ -285,10 +425,15 @@ def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
         raise RecipeError(f'{file}: a single [datasets]: write each dataset as [[datasets]]')
     try:
         sources = tuple(_source(tuples(entry), file.parent) for entry in entries)
-        init = str(record.get('training', {}).get('init', ''))
+        tables = {
+            name: _table(kind, name, record.pop(name, {}))
+            for name, kind in (('training', TrainingSettings), ('samples', SampleSettings))
+        }
+        recipe = _build(Recipe, 'a recipe', {**tuples(record), **tables, 'datasets': sources})
+        init = recipe.training.init
         if init.endswith(('.json', '.safetensors')):  # beside the recipe
-            record['training']['init'] = str(file.parent.absolute() / init)
-        recipe = _build(Recipe, 'a recipe', {**tuples(record), 'datasets': sources})
+            init = str(file.parent.absolute() / init)
+            recipe = replace(recipe, training=replace(recipe.training, init=init))
         _check(recipe)
     except ValueError as error:
         raise RecipeError(f'{file}: {error}') from error
@@ -325,6 +470,19 @@ def _build(kind: Any, what: str, record: dict[str, Any]) -> Any:
     return kind(**record)
 
 
+def _table(kind: Any, name: str, table: Any) -> Any:
+    """Make settings of a table, whose values have to be of the kinds that these declare."""
+    what = f'[{name}]'
+    if not isinstance(table, dict):
+        raise RecipeError(f'{name} is {table!r}: write it as a table {what}')
+    hints = get_type_hints(kind)
+    values = {
+        key: convert(f'{what} {key}', value, hints[key]) if key in hints else value
+        for key, value in table.items()
+    }
+    return _build(kind, what, values)
+
+
 def _source(record: dict[str, Any], folder: Path) -> Source:
     """Make a dataset of its table; its protocol may be a file beside the recipe."""
     source: Source = _build(Source, 'a dataset', record)
@@ -355,6 +513,10 @@ def _check(recipe: Recipe) -> None:
             f'fractions is {list(recipe.fractions)}: give those of training, validation and '
             'test, together 1'
         )
+    for key, choices in CHOICES.items():
+        if getattr(recipe.training, key) not in choices:
+            value = getattr(recipe.training, key)
+            raise RecipeError(f'[training] {key} is {value!r}: choose {" or ".join(choices)}')
     for source in recipe.datasets:
         try:
             _check_source(source, recipe)

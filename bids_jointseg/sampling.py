@@ -20,7 +20,7 @@ from bids_jointseg import augment, synth
 from bids_jointseg.cache import Person, painted_person
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import ALL, CLASSES, INDICES, bits, tells_tissue
-from bids_jointseg.recipe import Source
+from bids_jointseg.recipe import SampleSettings, Source
 
 LESION = bits({'L'})
 BACKGROUND = bits({'BG'})
@@ -96,66 +96,6 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a recipe says about samples.
-
-    Attributes
-    ----------
-    window
-        Voxels, slices last.
-    thin_window, thin_share
-        The same for slices of 1 mm, and how often these are made of an isotropic scan.
-    augment
-        Bend, turn and degrade what is sampled. Without, windows are cut out as they are.
-    intact_share
-        How often a person who has scans is shown upright, without anything that degrades these:
-        as sharp as the scans to come. Thick slices are still made of isotropic ones.
-    lesion_share
-        How often lesions are painted into a person who is painted.
-    lesion_centre
-        How often a window is centred at a lesion, give or take `dilate_mm`.
-    outside_share
-        How often it shows face or neck.
-    strip_share, borrow_share
-        How often a painted head loses its skull, a skull-stripped one gets another's.
-    view_share
-        How often a scan ends within the window.
-    contrast_spread
-        How far the contrasts of painted scans stray: 0 is one scanner with one protocol.
-    contrast_steps
-        Iterations in which they spread from one scanner's to `contrast_spread`.
-    coarse_steps, coarse_window
-        Iterations, the first, with voxels twice as large in windows of so many of them, never of
-        thick slices: random weights learn there what a head looks like, in a fraction of the
-        time.
-    modalities
-        Sets of modalities and their weights, of those that a person has.
-    """
-
-    window: tuple[int, int, int] = (112, 128, 32)
-    thin_window: tuple[int, int, int] = (96, 112, 48)
-    thin_share: float = 0.5
-    augment: bool = True
-    intact_share: float = 0.0
-    lesion_share: float = 0.7
-    lesion_centre: float = 0.7
-    dilate_mm: float = 16.0
-    outside_share: float = 0.2
-    strip_share: float = 0.4
-    borrow_share: float = 0.4
-    view_share: float = 0.15
-    contrast_spread: float = 1.0
-    contrast_steps: int = 0
-    coarse_steps: int = 0
-    coarse_window: tuple[int, int, int] = (64, 80, 40)
-    modalities: tuple[tuple[tuple[str, ...], float], ...] = (
-        (('T1w',), 0.35),
-        (('FLAIR',), 0.2),
-        (('T1w', 'FLAIR'), 0.45),
-    )
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What the samples of one iteration have in common, so that they are one batch."""
 
@@ -192,7 +132,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         *,
         heads: Sequence[Person] = (),
         masks: Sequence[Tensor] = (),
-        settings: Settings,
+        settings: SampleSettings,
         slice_mm: tuple[float, float] = (1.0, 6.0),
         seed: int,
         batch: int = 1,
@@ -371,7 +311,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         rng, generator
             Sources of all draws.
         contrast_spread
-            See :class:`Settings`.
+            See :class:`SampleSettings`.
         intact
             Nothing degrades a scan; what is painted beside it is acquired as ever.
         """
@@ -597,7 +537,7 @@ def paint_head(
     slice_mm
         Thickness of the slices.
     contrast_spread
-        See :class:`Settings`.
+        See :class:`SampleSettings`.
     intact
         Without noise, coil and blur.
 
@@ -611,7 +551,7 @@ def paint_head(
     person, grid = painted_person(labels, protocol)
     source = Source('painted', painted=('T1w', 'FLAIR'), annotation='.', protocol=protocol)
     cohort = Cohort(source, (person,))
-    settings = Settings(strip_share=0.0, view_share=0.0)
+    settings = SampleSettings(strip_share=0.0, view_share=0.0)
     windows = Windows([cohort], settings=settings, seed=seed, length=1)
     rng = np.random.default_rng((2019, seed))
     generator = Generator().manual_seed(int(rng.integers(2**62)))

@@ -45,9 +45,8 @@ from bids_jointseg.inference import choose_device, fast_type, probabilities
 from bids_jointseg.labels import CLASSES, LABELS, TISSUES, tells_tissue
 from bids_jointseg.losses import OVERLAPS, Total, alone, consistency_risk, supervised_risk
 from bids_jointseg.network import begin_with, build, load_model, save_model
-from bids_jointseg.recipe import Recipe, RecipeError, read_recipe, tuples
+from bids_jointseg.recipe import Recipe, RecipeError, TrainingSettings, read_recipe
 from bids_jointseg.sampling import Cohort, Sample, Windows, collate, subsets
-from bids_jointseg.sampling import Settings as SampleSettings
 
 LOGGER = logging.getLogger('bids_jointseg')
 LESION = CLASSES.index('L')
@@ -55,79 +54,27 @@ BELIEVED = 0.3
 """Probability from which an unlabelled voxel is taken for a lesion."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a recipe says about the optimisation.
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
+    """What a training does, and with which network.
 
     Attributes
     ----------
     architecture, modalities
         See :class:`bids_jointseg.card.ModelCard`.
-    steps
-        Iterations.
-    batch
-        Samples of each stream in an iteration, in each process.
-    optimiser, rate, betas, decay
-        `adam` or `adamw`.
-    schedule
-        `polynomial`: 100 iterations of warm-up, then the rate falls to zero (power 0.9);
-        `constant`.
-    clip
-        Largest norm of a gradient.
-    overlap
-        `soergel` or `tanimoto`.
-    entropy_weight
-        Of the cross-entropy beside the overlap.
-    consistency_from, consistency_every
-        Warm-up of the unlabelled term, and the iterations between two of them.
-    lesions_every
-        Iterations between two batches of the people whose annotation tells lesions, where there
-        are others whose tissue is told: every iteration has one of these.
-    subsets
-        Sets of modalities whose answer is compared with that of all; by default every one.
-    stop_gradient
-        The answer of all modalities teaches that of a subset and learns nothing from it.
-    spare_lesions
-        Leave lesion voxels out of the unlabelled term.
-    supervise_subsets
-        Lesions are learned from the subset as well.
-    average
-        Decay of the moving average of the weights, which is what is exported; 0 takes the last.
-    validate_every, patience
-        Iterations between two looks at the validation people (and checkpoints), and how many
-        looks without a better score end the training, which then exports the best weights; 0
-        never ends it early.
-    seed
-        Of weights and samples.
-    init
-        Name or card of a model to start from, or '' to start from random weights. A U-Net may
-        have more channels than that model.
     """
 
     architecture: dict[str, Any]
     modalities: tuple[str, ...] = MODALITIES
-    steps: int = 5000
-    batch: int = 1
-    optimiser: str = 'adamw'
-    rate: float = 3e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    decay: float = 1e-4
-    schedule: str = 'polynomial'
-    clip: float = 5.0
-    overlap: str = 'soergel'
-    entropy_weight: float = 1.0
-    consistency_from: int = 800
-    consistency_every: int = 8
-    lesions_every: int = 1
-    subsets: tuple[tuple[str, ...], ...] = ()
-    stop_gradient: bool = False
-    spare_lesions: bool = True
-    supervise_subsets: bool = True
-    average: float = 0.997
-    validate_every: int = 100
-    patience: int = 0
-    seed: int = 2019
-    init: str = ''
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Settings:
+        """Return what a recipe says."""
+        return cls(
+            architecture=recipe.architecture,
+            modalities=recipe.modalities,
+            **vars(recipe.training),
+        )
 
 
 # --- processes ----------------------------------------------------------------------------------
@@ -363,10 +310,20 @@ def run(
     return Trained(network.eval(), state.step, finished, state.curve)
 
 
-def _begin(settings: Settings, device: str) -> _State:
-    network = build(settings.architecture, settings.modalities)
-    if settings.init:
-        start = load_model(read_card(settings.init))
+def first_network(settings: Settings) -> nn.Module:
+    """Return the network that a training begins with.
+
+    Raises
+    ------
+    RecipeError
+        If it cannot be built, or cannot begin with the weights of `init`.
+    """
+    try:
+        network = build(settings.architecture, settings.modalities)
+        start = load_model(read_card(settings.init)) if settings.init else None
+    except ModelError as error:
+        raise RecipeError(str(error)) from error
+    if start:
         try:
             begin_with(network, start)
         except ModelError as error:
@@ -374,7 +331,11 @@ def _begin(settings: Settings, device: str) -> _State:
                 f'init = {settings.init!r}: {error}: give the architecture and the modalities of '
                 'its card, or a U-Net with more channels'
             ) from error
-    network = network.to(device)
+    return network
+
+
+def _begin(settings: Settings, device: str) -> _State:
+    network = first_network(settings).to(device)
     average = deepcopy(network).requires_grad_(False)
     kind = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}[settings.optimiser]
     optimiser = kind(
@@ -856,12 +817,7 @@ def train_recipe(
         If nothing is left to learn from.
     """
     torch.set_num_threads(threads)
-    settings = Settings(
-        architecture=recipe.architecture,
-        modalities=recipe.modalities,
-        **tuples(recipe.training),
-    )
-    samples = SampleSettings(**tuples(recipe.samples))
+    settings, samples = Settings.of(recipe), recipe.samples
     data = read_data(recipe, cache, masks, fold)
     heads = [
         person

@@ -33,8 +33,6 @@ from bids_jointseg import (
     lesions,
     quality,
     recipe,
-    sampling,
-    training,
 )
 from bids_jointseg.card import MODELS, read_card
 from bids_jointseg.labels import CLASSES, INDICES
@@ -601,8 +599,8 @@ def test_the_example_is_a_recipe(tmp_path, smoke):
     (tmp_path / 'tissue.tsv').write_text(blocks(TRAINING, 'tsv')[0])
     mine = recipe.read_recipe(file, smoke=smoke)
     assert [source.stream for source in mine.datasets] == ['tissue', 'lesions']
-    training.Settings(mine.architecture, **recipe.tuples(mine.training))
-    sampling.Settings(**recipe.tuples(mine.samples))
+    assert mine.training.steps == (20 if smoke else 20000)
+    assert mine.samples.window == ((48, 48, 16) if smoke else (112, 128, 32))
 
 
 @pytest.mark.parametrize(
@@ -610,8 +608,8 @@ def test_the_example_is_a_recipe(tmp_path, smoke):
     [
         ('At the top', recipe.Recipe),
         ('`[[datasets]]`', recipe.Source),
-        ('`[training]`', training.Settings),
-        ('`[samples]`', sampling.Settings),
+        ('`[training]`', recipe.TrainingSettings),
+        ('`[samples]`', recipe.SampleSettings),
     ],
 )
 def test_every_field_of_a_recipe_is_explained(heading, kind):
@@ -620,8 +618,6 @@ def test_every_field_of_a_recipe_is_explained(heading, kind):
     explained = {name for row in rows for name in re.findall(r'`(\w+)`', row)}
     # Tables of their own, and what the top of a recipe says of the model.
     elsewhere = {'datasets', 'training', 'samples'}
-    if kind is training.Settings:
-        elsewhere = {'architecture', 'modalities'}
     assert explained == {entry.name for entry in fields(kind)} - elsewhere
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
@@ -12,7 +13,7 @@ from conftest import describe_dataset, put
 
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.labels import ALL, IGNORE, bits
-from bids_jointseg.recipe import RECIPES, Recipe, read_recipe
+from bids_jointseg.recipe import RECIPES, Recipe, TrainingSettings, read_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob('*.toml'))
 
@@ -185,12 +186,12 @@ def test_packaged_recipes_are_sound(name):
     assert recipe.name == smoke.name == name
     assert smoke.datasets == recipe.datasets
     assert smoke.folds == 1
-    assert smoke.training['steps'] <= 20
-    assert np.prod(smoke.samples['window']) < np.prod(recipe.samples['window']) / 8
+    assert smoke.training.steps <= 20
+    assert np.prod(smoke.samples.window) < np.prod(recipe.samples.window) / 8
     for source in recipe.datasets:
         assert source.name in (RECIPES / f'{name}.toml').read_text('utf-8').split('\nname')[0]
         assert (source.labels is None) == (source.stream == 'unlabelled')
-    json.dumps([recipe.training, recipe.samples], allow_nan=False)
+    json.dumps([asdict(recipe.training), asdict(recipe.samples)], allow_nan=False)
 
 
 def test_streams_of_the_packaged_recipes():
@@ -232,18 +233,19 @@ def test_the_papers_settings(name):
     assert (recipe.in_plane_mm, recipe.slice_mm, recipe.landmarks) == (1.0, (3.0, 3.0), True)
     assert (recipe.folds, recipe.fractions, recipe.window) == (4, (0.7, 0.1, 0.2), None)
     training = recipe.training
-    assert (training['optimiser'], training['rate'], training['betas']) == (
+    assert (training.optimiser, training.rate, training.betas) == (
         'adam', 0.005, (0.9, 0.999),
     )  # fmt: skip
-    assert (training['decay'], training['schedule']) == (0, 'constant')
-    assert (training['overlap'], training['entropy_weight']) == ('tanimoto', 0)
-    assert (training['average'], training['batch']) == (0, 1)
-    assert recipe.samples['window'] == (120, 120, 40)
-    assert recipe.samples['augment'] is False
+    assert (training.decay, training.schedule) == (0, 'constant')
+    assert (training.overlap, training.entropy_weight) == ('tanimoto', 0)
+    assert (training.average, training.batch) == (0, 1)
+    assert recipe.samples.window == (120, 120, 40)
+    assert recipe.samples.augment is False
     # R^t_1 after 5000 iterations of the joint model; nowhere else
-    agreement = (training.get('consistency_from'), training.get('consistency_every'))
-    assert agreement == {'paper-wn': (5000, 1), 'paper-w': (training['steps'], 1)}.get(
-        name, (None, None)
+    agreement = (training.consistency_from, training.consistency_every)
+    usual = TrainingSettings()
+    assert agreement == {'paper-wn': (5000, 1), 'paper-w': (training.steps, 1)}.get(
+        name, (usual.consistency_from, usual.consistency_every)
     )
 
 

@@ -11,7 +11,7 @@ from conftest import describe_dataset
 
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.labels import ALL
-from bids_jointseg.recipe import Recipe, RecipeError, Source, read_recipe
+from bids_jointseg.recipe import Recipe, RecipeError, Source, TrainingSettings, read_recipe
 
 HEAD = "name = 'x'\nversion = '0'\nlicence = 'CC0-1.0'\narchitecture = {name = 'unet'}\n"
 LESIONS = """
@@ -73,7 +73,7 @@ training.steps = 3
 """
     recipe = read_recipe(write(tmp_path, text))
     lesions, tissue, more, hidden, masks = recipe.datasets
-    assert recipe.samples['modalities'] == ((('T1w',), 0.5), (('T1w', 'FLAIR'), 0.5))
+    assert recipe.samples.modalities == ((('T1w',), 0.5), (('T1w', 'FLAIR'), 0.5))
     assert lesions.entities == {'desc': 'manual'}
     assert lesions.test == ('01', '02')
     assert [source.root for source in recipe.datasets[:2]] == ['lesions', '/elsewhere/tissue']
@@ -87,8 +87,8 @@ training.steps = 3
     assert more.labels is None
     assert masks.labels is not None
     smoke = read_recipe(tmp_path / 'mine.toml', smoke=True)
-    assert (recipe.folds, recipe.training) == (2, {})
-    assert (smoke.folds, smoke.training) == (1, {'steps': 3})
+    assert (recipe.folds, recipe.training) == (2, TrainingSettings())
+    assert (smoke.folds, smoke.training) == (1, TrainingSettings(steps=3))
     assert smoke.architecture == recipe.architecture
 
 
@@ -130,6 +130,12 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
             HEAD + TISSUE + ''.join(MASKS.format(name) for name in 'bc') + 'share = 2',
             "c: share is 2.*each patient counts alike in 'masks'",
         ),
+        (f'{HEAD}{TISSUE}[training]\nstep = 3', r'unknown: step; \[training\] has steps, batch'),
+        (f'{HEAD}{TISSUE}[samples]\nwindows = 3', r'unknown: windows; \[samples\] has window,'),
+        (f"{HEAD}{TISSUE}[training]\nrate = 'low'", r"\[training\] rate is 'low': not a float"),
+        (f'{HEAD}{TISSUE}[samples]\nwindow = [9, 9]', r'\[samples\] window is \[9, 9\]: give 3'),
+        (f"{HEAD}{TISSUE}[training]\noptimiser = 'sgd'", "is 'sgd': choose adam or adamw"),
+        (f'training = 1\n{HEAD}{TISSUE}', r'training is 1: write it as a table \[training\]'),
         (f"folds = 'two'\n{HEAD}{TISSUE}", 'a value is of the wrong kind'),
         (f"{HEAD}[datasets]\nname = 'a'", r'write each dataset as \[\[datasets\]\]'),
         (f'{HEAD}{TISSUE}lesion_masks = true', 'no modalities'),

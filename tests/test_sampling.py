@@ -27,26 +27,26 @@ from bids_jointseg.cache import (
 )
 from bids_jointseg.image import Grid, Volume, normalise
 from bids_jointseg.labels import ALL, CLASSES, INDICES, PROTOCOLS, bits
-from bids_jointseg.recipe import Source
+from bids_jointseg.recipe import SampleSettings, Source
 from bids_jointseg.sampling import (
     BACKGROUND,
     LESION,
     Cohort,
     Sample,
-    Settings,
     Windows,
     paint_head,
     shares,
     subsets,
     whole,
 )
-from bids_jointseg.training import ALONE, _stream
-from bids_jointseg.training import Settings as TrainingSettings
+from bids_jointseg.training import ALONE, Settings, _stream
 
 WHITE, GRAY, VENTRICLE = (bits({name}) for name in ('WM', 'CGM', 'VEN'))
 FULL = Source('a', modalities=('T1w', 'FLAIR'), annotation='.', protocol='jointseg')
-PLAIN = Settings(window=(12, 12, 6), augment=False, lesion_centre=0.0)
-BENT = Settings(window=(16, 16, 8), thin_window=(16, 16, 8), lesion_centre=0.5, outside_share=0.1)
+PLAIN = SampleSettings(window=(12, 12, 6), augment=False, lesion_centre=0.0)
+BENT = SampleSettings(
+    window=(16, 16, 8), thin_window=(16, 16, 8), lesion_centre=0.5, outside_share=0.1
+)
 
 
 def ball(shape: tuple[int, ...], radius: float) -> np.ndarray:
@@ -83,7 +83,9 @@ def draw_sets(shape: tuple[int, int, int] = (24, 20, 16)) -> np.ndarray:
     return sets
 
 
-def windows(*people: Person, source: Source = FULL, settings: Settings = BENT, **more) -> Windows:
+def windows(
+    *people: Person, source: Source = FULL, settings: SampleSettings = BENT, **more
+) -> Windows:
     options = {'seed': 5, 'length': 100, 'slice_mm': (1.0, 3.0)} | more
     return Windows([Cohort(source, people)], settings=settings, **options)
 
@@ -353,7 +355,7 @@ def test_samples_depend_on_their_number_and_the_seed(people):
 
 def test_any_number_of_workers_gives_the_same_samples(people):
     data = windows(*people, batch=2)
-    settings = TrainingSettings(architecture={}, batch=2)
+    settings = Settings(architecture={}, batch=2)
 
     def stream(first: int, workers: int) -> list[Sample]:
         return list(_stream(data, range(first, 6), settings, workers, ALONE))
@@ -583,7 +585,7 @@ def mask():
 
 
 PAINTED = Source('heads', painted=('T1w', 'FLAIR'), annotation='.', protocol='freesurfer')
-AROUND = Settings(
+AROUND = SampleSettings(
     window=(32, 32, 16), thin_window=(32, 32, 16), lesion_centre=1.0, outside_share=0.0,
     lesion_share=1.0, thin_share=1.0, modalities=((('T1w', 'FLAIR'), 1.0),),
 )  # fmt: skip

@@ -25,9 +25,16 @@ from bids_jointseg.inference import probabilities
 from bids_jointseg.labels import ALL, CLASSES, PROTOCOLS, bits
 from bids_jointseg.losses import alone, grouped
 from bids_jointseg.network import build, load_model, save_model
-from bids_jointseg.recipe import RECIPES, Recipe, RecipeError, Source, read_recipe, tuples
+from bids_jointseg.recipe import (
+    RECIPES,
+    Recipe,
+    RecipeError,
+    SampleSettings,
+    Source,
+    TrainingSettings,
+    read_recipe,
+)
 from bids_jointseg.sampling import Sample, collate
-from bids_jointseg.sampling import Settings as SampleSettings
 from bids_jointseg.training import Processes, Settings, Trained, run
 
 LESION = CLASSES.index('L')
@@ -552,10 +559,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', sorted(path.stem for path in RECIPES.glob('*.toml')))
 def test_the_packaged_recipes_fit(name, smoke):
     recipe = read_recipe(name, smoke=smoke)
-    settings = Settings(
-        architecture=recipe.architecture, modalities=recipe.modalities, **tuples(recipe.training)
-    )
-    samples = SampleSettings(**tuples(recipe.samples))
+    settings, samples = Settings.of(recipe), recipe.samples
     net = build(settings.architecture, settings.modalities)
     names = {*recipe.modalities}
     for subset in settings.subsets:
@@ -575,8 +579,8 @@ SHARED = {
     'licence': '',
     'architecture': SMALL.architecture,
     'landmarks': True,
-    'training': {'steps': 2, 'validate_every': 2, 'consistency_from': 0, 'seed': 1},
-    'samples': {'window': [8, 8, 4], 'augment': False},
+    'training': TrainingSettings(steps=2, validate_every=2, consistency_from=0, seed=1),
+    'samples': SampleSettings(window=(8, 8, 4), augment=False),
 }
 PEOPLE = Source('a', modalities=('T1w', 'FLAIR'), annotation='.', protocol='jointseg',
                 validation=('02',), test=('03',))  # fmt: skip
@@ -642,8 +646,8 @@ def test_only_what_is_learned_first_is_easy(tmp_path, monkeypatch):
     """Iterations are counted where a stream has a batch; late streams and validation are hard."""
     controls = Source('c', modalities=('T1w',), annotation='.', protocol='neuromorphometrics')
     shared = {
-        **SHARED, 'samples': {'contrast_steps': 8, 'coarse_steps': 4},
-        'training': {**SHARED['training'], 'lesions_every': 2},
+        **SHARED, 'samples': SampleSettings(contrast_steps=8, coarse_steps=4),
+        'training': replace(SHARED['training'], lesions_every=2),
     }  # fmt: skip
     recipe = Recipe(datasets=(PEOPLE, STREET, controls), **shared)
     files = [cache(tmp_path, PEOPLE, name, 100, 'T1w', 'FLAIR') for name in ('01', '02')]

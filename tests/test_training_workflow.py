@@ -287,7 +287,18 @@ def test_whole_scans_of_test_people_are_scored(calls):
 def test_what_is_wrong_is_said_before_anything_is_computed(recipe, tmp_path, capsys):
     other = tmp_path / 'data'
     other.mkdir()
+    bad = {
+        'table': RECIPE.replace('augment', 'augmented'),
+        'layers': RECIPE.replace('[2, 4]', '[]'),
+        'start': RECIPE.replace('[samples]', "init = 'none.json'\n[samples]"),
+    }
+    (tmp_path / 'atlas.tsv').write_text(ATLAS)
+    for name, text in bad.items():
+        (tmp_path / f'{name}.toml').write_text(text)
     for arguments, says in (
+        ([tmp_path / 'table.toml'], r'table\.toml: unknown: augmented; \[samples\] has window'),
+        ([tmp_path / 'layers.toml'], r"layers\.toml: architecture 'unet': "),
+        ([tmp_path / 'start.toml'], r'start\.toml: .*none\.json: cannot read the model card'),
         ([recipe, '--fold', '2'], r'no fold 2, only 0 to 1'),
         (['paper-wn'], r'paper-wn.* say where its --data lie'),
         ([recipe, '--data', other], r'patients: no such folder'),

@@ -121,7 +121,13 @@ def run(options: Options) -> list[execution.Failure]:
     RecipeError
         If the recipe or its data cannot be used.
     """
+    from bids_jointseg.training import Settings, first_network
+
     recipe = read_recipe(options.recipe, smoke=options.smoke)
+    try:  # before anything is cached
+        first_network(Settings.of(recipe))
+    except RecipeError as error:
+        raise RecipeError(f'{options.recipe}: {error}') from error
     folds = options.folds or tuple(range(recipe.folds))
     beyond = [fold for fold in folds if not 0 <= fold < recipe.folds]
     if beyond:
