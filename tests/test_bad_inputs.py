@@ -932,7 +932,7 @@ RECIPE += DATASET
     ('an unknown entry of a recipe', b'speed = 3', 'unknown: speed'),
     ('a single dataset', b'[datasets]\nname = "a"', 'write each dataset as'),
     ('datasets that are numbers', b'datasets = [3]', 'of the wrong kind'),
-    ('training that is a number', b'training = 3' + RECIPE.encode(), 'of the wrong kind'),
+    ('training that is a number', b'training = 3' + RECIPE.encode(), 'write it as a table'),
     ('an unknown protocol', RECIPE.replace('freesurfer', 'nonsense').encode(), 'nonsense'),
     ('a protocol that is not there', RECIPE.replace('freesurfer', 'p.tsv').encode(), 'p.tsv'),
     ('an unknown modality of a recipe', RECIPE.replace('T1w', 'PDw').encode(), 'PDw'),
