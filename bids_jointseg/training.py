@@ -315,15 +315,14 @@ def first_network(settings: Settings) -> nn.Module:
 
     Raises
     ------
+    ModelError
+        If it cannot be built, or the model `init` cannot be read.
     RecipeError
-        If it cannot be built, or cannot begin with the weights of `init`.
+        If it cannot begin with the weights of `init`.
     """
-    try:
-        network = build(settings.architecture, settings.modalities)
-        start = load_model(read_card(settings.init)) if settings.init else None
-    except ModelError as error:
-        raise RecipeError(str(error)) from error
-    if start:
+    network = build(settings.architecture, settings.modalities)
+    if settings.init:
+        start = load_model(read_card(settings.init))
         try:
             begin_with(network, start)
         except ModelError as error:

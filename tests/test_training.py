@@ -26,6 +26,7 @@ from bids_jointseg.labels import ALL, CLASSES, PROTOCOLS, bits
 from bids_jointseg.losses import alone, grouped
 from bids_jointseg.network import build, load_model, save_model
 from bids_jointseg.recipe import (
+    CHOICES,
     RECIPES,
     Recipe,
     RecipeError,
@@ -571,6 +572,7 @@ def test_the_packaged_recipes_fit(name, smoke):
     assert settings.optimiser in ('adam', 'adamw')
     assert settings.schedule in ('polynomial', 'constant')
     assert settings.overlap in training.OVERLAPS
+    assert training.OVERLAPS.keys() == {*CHOICES['overlap']}
 
 
 SHARED = {

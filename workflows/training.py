@@ -25,7 +25,7 @@ from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg.bids import Scan, annotated_scans
 from bids_jointseg.cache import cached_files
-from bids_jointseg.card import read_card
+from bids_jointseg.card import ModelError, read_card
 from bids_jointseg.evaluation import write_tables
 from bids_jointseg.image import lies_on, load_grid
 from bids_jointseg.interfaces import CacheScan, PaintHead, Score, Train
@@ -126,7 +126,7 @@ def run(options: Options) -> list[execution.Failure]:
     recipe = read_recipe(options.recipe, smoke=options.smoke)
     try:  # before anything is cached
         first_network(Settings.of(recipe))
-    except RecipeError as error:
+    except (ModelError, RecipeError) as error:
         raise RecipeError(f'{options.recipe}: {error}') from error
     folds = options.folds or tuple(range(recipe.folds))
     beyond = [fold for fold in folds if not 0 <= fold < recipe.folds]
