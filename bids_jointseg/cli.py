@@ -662,7 +662,9 @@ def train(argv: Sequence[str] | None = None) -> int:
         '--data', type=_path, help="folder with the datasets (default: the recipe's)"
     )
     training.add_argument(
-        '--smoke', action='store_true', help="the recipe's small size, about a minute"
+        '--smoke',
+        action='store_true',
+        help="a trial: the recipe's small size, scored on one test scan of each dataset",
     )
     training.add_argument(
         '--fold', type=int, nargs='+', default=(), metavar='N', help='only these (from 0)'

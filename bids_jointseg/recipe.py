@@ -394,8 +394,8 @@ def read_recipe(name_or_path: str | Path, *, smoke: bool = False) -> Recipe:
     name_or_path
         ``jointseg``, or ``/data/mine.toml``.
     smoke
-        Take the table ``[smoke]`` over the rest: the same training, but so small that it ends
-        within about a minute.
+        Take the table ``[smoke]`` over the rest: the same training on the same data, but so
+        small that it is a trial.
 
     Raises
     ------

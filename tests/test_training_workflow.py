@@ -284,6 +284,22 @@ def test_whole_scans_of_test_people_are_scored(calls):
     assert {path.name for path in (out / 'evaluation').iterdir()} >= {'cohort.tsv', 'table1.md'}
 
 
+@pytest.mark.slow
+def test_a_trial_scores_one_test_scan_of_each_dataset(recipe, tmp_path):
+    listed = "protocol = 'atlas.tsv'\ntest = ['1']\nvalidation = ['2']\n"
+    text = RECIPE.replace("protocol = 'atlas.tsv'\n", listed)
+    trial = recipe.with_name('trial.toml')
+    trial.write_text(f'{text}\n[smoke]\nfolds = 1\n[smoke.training]\nsteps = 2\n')
+    code, _ = jointseg_train(trial, tmp_path, '--smoke')
+    assert code == cli.Exit.SCANS_FAILED  # the patient whose file is broken
+    assert len(parts(read_card(tmp_path / 'tiny.json'))['test']['controls']) == 1
+    with (tmp_path / 'evaluation' / 'scans.tsv').open() as file:
+        scored = {(row['dataset'], row['scan']) for row in csv.DictReader(file, delimiter='\t')}
+    # The control who is tested came twice.
+    assert sorted(dataset for dataset, _ in scored) == ['controls', 'patients']
+    assert ('controls', 'sub-1_ses-1') in scored
+
+
 def test_what_is_wrong_is_said_before_anything_is_computed(recipe, tmp_path, capsys):
     other = tmp_path / 'data'
     other.mkdir()

@@ -80,7 +80,7 @@ class Options:
     work_dir
         Cache and intermediate results; by default `work` in `out_dir`.
     smoke
-        The recipe's small size.
+        The recipe's small size, and one test scan of each dataset.
     folds
         Which; all by default.
     device, processes
@@ -351,7 +351,7 @@ def _paint(
             for subject, path in found.items()
             if split[name][subject] == 'test'
         ][::-1]
-        for number, item in enumerate(_test_items(items, split)):
+        for number, item in enumerate(_test_items(options, items, split)):
             if item.found.scan is not None or item.name in names:
                 continue
             names[item.name] = f'{item.source.name} {item.found.name}'
@@ -465,7 +465,7 @@ def _score(
 ) -> tuple[list[execution.Failure], list[dict[str, Any]]]:
     workflow = Workflow(f'score_{node_name(recipe.name)}_{fold}', base_dir=str(_work(options)))
     names = {}
-    for item in _test_items(items, _split(recipe, items, masks, fold)):
+    for item in _test_items(options, items, _split(recipe, items, masks, fold)):
         painted = item.found.scan is None
         found = _painted(options, item) if painted else item.found
         for inputs, scan in _variants(found.scan, found.annotation):
@@ -507,14 +507,22 @@ def _split(
     return recipe.split(people, fold)
 
 
-def _test_items(items: Sequence[Item], split: Mapping[str, Mapping[str, str]]) -> list[Item]:
-    """Return the annotated scans of the people whom a fold tests on."""
-    return [
+def _test_items(
+    options: Options, items: Sequence[Item], split: Mapping[str, Mapping[str, str]]
+) -> list[Item]:
+    """Return the annotated scans of the people whom a fold tests on: a trial, one per dataset."""
+    found = [
         item
         for item in items
         if split[item.source.name][item.found.subject] == 'test'
         and item.found.annotation is not None
     ]
+    if not options.smoke:
+        return found
+    firsts: dict[str, Item] = {}
+    for item in found:
+        firsts.setdefault(item.source.name, item)
+    return list(firsts.values())
 
 
 def _variants(scan: Scan, annotation: Path) -> list[tuple[str, Scan]]:
