@@ -136,10 +136,10 @@ RULES = (
             Rule(
                 f'air_percent_{name}',
                 f'the air around the {name} holds {{:.1f}} % of the signal: noise or motion',
-                2,
+                7,
                 None,
                 True,
-                _SCANS,
+                'noise of 6 % of white matter: the contrast to noise of a T1w then is about 5',
             ),
             Rule(
                 f'ghost_percent_{name}',
@@ -446,12 +446,13 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
         found['contrast_to_noise'] = contrast / max(noise_level(volume, white), 1e-6)
     values, air = _air(volume)
     if air.sum() > 1000:
-        found['air_percent'] = 100 * float(values[air].mean()) / medians['WM']
+        # Medians: where fat is saturated, scalp is dark, and some lies as far off as air.
+        found['air_percent'] = 100 * float(np.median(values[air])) / medians['WM']
         # Ghosts lie along the axis of phase encoding: beside the head, or before and behind it.
         along = [air & (~air).any(axis=axis, keepdims=True) for axis in _plane(volume.grid)]
         sides = [values[a & ~b] for a, b in (along, along[::-1])]
         if min(len(side) for side in sides) > 300:
-            first, second = (float(side.mean()) for side in sides)
+            first, second = (float(np.median(side)) for side in sides)
             found['ghost_percent'] = 100 * abs(first - second) / medians['WM']
     return found
 

@@ -71,6 +71,23 @@ def test_what_is_sound_passes(truth):
     assert measures['contrast_to_noise_T1w'] == pytest.approx(240 / 8, rel=0.1)
 
 
+def test_common_noise_in_the_air_passes(truth):
+    volumes = {name: scan(name, truth, 0.03) for name in ('T1w', 'FLAIR')}
+    verdict, reasons, measures = judged(volumes, truth[0], agreement=0.95)
+    assert (verdict, reasons) == ('pass', '')
+    # The median of Rayleigh's distribution.
+    assert measures['air_percent_T1w'] == pytest.approx(100 * 0.03 * 1.18, rel=0.05)
+
+
+def test_a_scalp_as_dark_as_where_fat_is_saturated_is_no_air(truth):
+    labels, grid = truth
+    dark = scan('FLAIR', truth, 0.01)
+    face = ball(grid, (0, 70, -60), (50, 38, 40)) & (labels == 0)
+    dark.data[face] += 0.3 * LEVELS['FLAIR'][1]
+    verdict, reasons, _ = judged({'FLAIR': dark}, labels)
+    assert (verdict, reasons) == ('pass', '')
+
+
 @pytest.mark.parametrize(('noise', 'verdict'), [(0.08, 'check'), (0.25, 'fail')])
 def test_noise_is_seen(truth, noise, verdict):
     found, reasons, _ = judged({'T1w': scan('T1w', truth, noise)}, truth[0])
