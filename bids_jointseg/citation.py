@@ -30,13 +30,15 @@ def write_citation(out_dir: Path, prose: str) -> list[Path]:
         Markdown: paragraphs, ``*emphasis*``, `` `code` ``, and citations as ``[@key; @other]``
         or ``@key``.
     """
-    bibliography = REFERENCES.read_text(encoding='utf-8')
-    entries = parse_bibliography(bibliography)
-    page = to_html(prose, entries)
-    texts = {'md': f'{NOTICE}\n\n{prose}\n', 'bib': bibliography, 'html': page}
+    page = _PAGE.format(notice=NOTICE, body=to_html(prose, heading='h2'))
+    texts = {'md': f'{NOTICE}\n\n{prose}\n', 'bib': _bibliography(), 'html': page}
     return [
         write_text(out_dir / 'logs' / f'CITATION.{suffix}', text) for suffix, text in texts.items()
     ]
+
+
+def _bibliography() -> str:
+    return REFERENCES.read_text(encoding='utf-8')
 
 
 def parse_bibliography(text: str) -> dict[str, dict[str, str]]:
@@ -48,15 +50,18 @@ def parse_bibliography(text: str) -> dict[str, dict[str, str]]:
     return entries
 
 
-def to_html(prose: str, entries: dict[str, dict[str, str]]) -> str:
-    """Return the prose as a page, citations as author and year, with the list of references.
+def to_html(prose: str, *, heading: str) -> str:
+    """Return the prose as HTML, citations as author and year, with the list of references.
 
-    Raises
-    ------
-    KeyError
-        If a citation key has no entry.
+    Parameters
+    ----------
+    prose
+        See :func:`write_citation`; a key that is none of ours is text.
+    heading
+        Tag of the headline of the references, ``h2`` or lower.
     """
-    cited = list(dict.fromkeys(re.findall(r'@(\w+)', prose)))
+    entries = parse_bibliography(_bibliography())
+    cited = [key for key in dict.fromkeys(re.findall(r'@(\w+)', prose)) if key in entries]
 
     def label(key: str) -> tuple[str, str]:
         authors = entries[key]['author'].split(' and ')
@@ -67,19 +72,23 @@ def to_html(prose: str, entries: dict[str, dict[str, str]]) -> str:
 
     def in_brackets(match: re.Match[str]) -> str:
         keys = re.findall(r'@(\w+)', match[0])
-        links = (f'<a href="#{key}">{" ".join(label(key))}</a>' for key in keys)
+        if not entries.keys() >= set(keys):
+            return match[0]
+        links = (f'<a href="#ref-{key}">{" ".join(label(key))}</a>' for key in keys)
         return '(' + '; '.join(links) + ')'
 
     def in_text(match: re.Match[str]) -> str:
+        if match[1] not in entries:
+            return match[0]
         name, year = label(match[1])
-        return f'{name} (<a href="#{match[1]}">{year}</a>)'
+        return f'{name} (<a href="#ref-{match[1]}">{year}</a>)'
 
     text = html.escape(prose)
     text = re.sub(r'\*(.+?)\*', r'<em>\1</em>', text)
     text = re.sub('`(.+?)`', r'<code>\1</code>', text)
     text = re.sub(r'\[@[^]]*\]', in_brackets, text)
     text = re.sub(r'@(\w+)', in_text, text)
-    paragraphs = '\n'.join(f'<p>{paragraph}</p>' for paragraph in text.split('\n\n'))
+    blocks = [f'<p>{paragraph}</p>' for paragraph in text.split('\n\n')]
     items = []
     for key in cited:
         entry = {name: html.escape(value) for name, value in entries[key].items()}
@@ -91,15 +100,25 @@ def to_html(prose: str, entries: dict[str, dict[str, str]]) -> str:
         )
         authors = entry['author'].replace(' and ', '; ')
         items.append(
-            f'<li id="{key}">{authors} ({entry["year"]}). {entry["title"]}. '
+            f'<li id="ref-{key}">{authors} ({entry["year"]}). {entry["title"]}. '
             f'<em>{place}</em>.{doi}</li>'
         )
-    references = '\n'.join(items)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<title>How the results were made</title>\n'
-        '<style>body{max-width:45em;margin:2em auto;padding:0 1em;font:1em/1.5 sans-serif}'
-        '</style>\n</head>\n<body>\n'
-        f'<p><small>{NOTICE}</small></p>\n{paragraphs}\n<h2>References</h2>\n'
-        f'<ol>\n{references}\n</ol>\n</body>\n</html>\n'
-    )
+    if items:
+        blocks += [f'<{heading}>References</{heading}>', '<ol>', *items, '</ol>']
+    return '\n'.join(blocks)
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>How the results were made</title>
+<style>body{{max-width:45em;margin:2em auto;padding:0 1em;font:1em/1.5 sans-serif}}</style>
+</head>
+<body>
+<p><small>{notice}</small></p>
+{body}
+</body>
+</html>
+"""

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import nibabel as nib
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from bids_jointseg import __version__
+from bids_jointseg import __version__, citation
 from bids_jointseg.bids import (
     LESION_COLUMNS,
     DataError,
@@ -1186,7 +1186,6 @@ def subject_report(out_dir: Path, subject: str, *, provenance: Mapping[str, Any]
         ``<out_dir>/sub-<subject>.html``. Its bytes depend on nothing but the arguments and the
         files that are read.
     """
-    methods = out_dir / 'logs' / 'CITATION.md'
     page = _render(
         'report.html.j2',
         subject=subject,
@@ -1196,9 +1195,17 @@ def subject_report(out_dir: Path, subject: str, *, provenance: Mapping[str, Any]
         kinds=CHANGES,
         names={'brain': 'Brain'} | {label.abbreviation: label.name for label in CLASSES},
         provenance=provenance,
-        methods=_markdown(methods.read_text(encoding='utf-8')) if methods.is_file() else '',
+        methods=_methods(out_dir / 'logs' / 'CITATION.md'),
     )
     return write_text(out_dir / f'sub-{subject}.html', page)
+
+
+def _methods(path: Path) -> Markup:
+    """Return the description of the method as HTML, empty where it has not been written."""
+    if not path.is_file():
+        return Markup()
+    prose = path.read_text(encoding='utf-8').removeprefix(citation.NOTICE).strip()
+    return Markup(citation.to_html(prose, heading='h3'))  # noqa: S704 - it escapes the prose
 
 
 def _tables(out_dir: Path, subject: str = 'sub-*') -> list[Path]:
@@ -1363,35 +1370,6 @@ def _image(path: Path, words: str) -> dict[str, Any]:
     width, height = (int.from_bytes(content[i : i + 4], 'big') for i in (16, 20))  # PNG's IHDR
     data = base64.b64encode(content).decode()
     return {'data': data, 'width': width, 'height': height, 'alt': words}
-
-
-def _markdown(text: str) -> Markup:
-    """Turn the little Markdown of the methods text into HTML: headings, lists, emphasis, links."""
-    blocks = []
-    for block in re.split(r'\n\s*\n', text.strip()):
-        heading = re.match(r'(#+)\s+(.*)', block)
-        items = re.split(r'(?m)^\s*(?:[-*]|\d+\.)\s+', block)
-        if heading:
-            blocks.append(f'<h3>{_inline(heading[2])}</h3>')
-            block = block[heading.end() :].strip()
-            if block:
-                blocks.append(f'<p>{_inline(block)}</p>')
-        elif not items[0].strip() and len(items) > 1:
-            listed = ''.join(f'<li>{_inline(item)}</li>' for item in items[1:])
-            blocks.append(f'<ul>{listed}</ul>')
-        else:
-            blocks.append(f'<p>{_inline(block)}</p>')
-    return Markup('\n'.join(blocks))  # noqa: S704 - every piece is escaped in _inline
-
-
-def _inline(text: str) -> str:
-    text = str(escape(' '.join(text.split())))
-    text = re.sub(r'\*\*(.+?)\*\*', r'<strong>\1</strong>', text)
-    text = re.sub(r'(?<!\w)[*_](.+?)[*_](?!\w)', r'<em>\1</em>', text)
-    text = re.sub(r'`(.+?)`', r'<code>\1</code>', text)
-    return re.sub(
-        r'(https?://[^\s<>]+[^\s<>.,;:)\]])', r'<a href="\1" rel="noreferrer">\1</a>', text
-    )
 
 
 def _render(template: str, **values: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import describe_dataset, draw_head, put
 
-from bids_jointseg import __version__, bids, cli
+from bids_jointseg import __version__, bids, citation, cli
 from bids_jointseg.config import Settings, SettingsError
+from bids_jointseg.workflows import participant
 
 JOINTSEG = [sys.executable, '-m', 'bids_jointseg.cli']
 
@@ -242,9 +244,16 @@ def test_boilerplate_only(dataset, transforms, model, tmp_path):
     assert 'by a transform that was given' in text
     assert text.count('was processed alone') == 2
     page = (out / 'logs' / 'CITATION.html').read_text()
-    assert '(<a href="#bids">Gorgolewski et al. 2016</a>' in page
+    assert '(<a href="#ref-bids">Gorgolewski et al. 2016</a>' in page
     assert '[@' not in page
     assert not list(out.glob('sub-*'))
+
+
+def test_every_citation_has_an_entry():
+    prose = Path(participant.__file__).read_text(encoding='utf-8')
+    cited = set(re.findall(r'@(\w+)', ' '.join(re.findall(r'\[@[^]]*\]', prose))))
+    entries = citation.parse_bibliography(citation.REFERENCES.read_text(encoding='utf-8'))
+    assert {'bids', 'hemis', 'mattes'} <= cited <= set(entries)
 
 
 def test_filters_and_validation_reach_the_command(tmp_path, capfd):

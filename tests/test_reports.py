@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bids_jointseg import reports
+from bids_jointseg import citation, reports
 from bids_jointseg.bids import LESION_COLUMNS, DataError, write_json, write_table
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import LABELS, PROTOCOLS
@@ -454,8 +454,8 @@ def results(pair, tmp_path):
         shutil.copy(path, figures / path.name.replace('sub-01_', 'sub-01_ses-1_'))
     (tmp_path / 'logs').mkdir()
     (tmp_path / 'logs' / 'CITATION.md').write_text(
-        '# Results\n\nMade with *jointseg* <b>1</b> and **care** (`x < y`).\n\n'
-        '- One, https://doi.org/10.1/one.\n- Two\n\nLast [see https://example.org/a_b_c].\n'
+        f'{citation.NOTICE}\n\nMade with *jointseg* <b>1</b> (`x < y`), after @jointseg.\n\n'
+        'A BIDS App [@bids; @bidsapps], mail to a@nobody, [@nobody].\n'
     )
     return tmp_path
 
@@ -481,9 +481,13 @@ def test_subject_page(results):
     assert '--participant-label <01>' in words
     assert 'There are no figures of this scan' in words
     assert 'No lesion was found' in words
-    assert '<em>jointseg</em> &lt;b&gt;1&lt;/b&gt; and <strong>care</strong>' in text
-    assert 'href="https://doi.org/10.1/one"' in text
-    assert 'href="https://example.org/a_b_c"' in text
+    assert '<em>jointseg</em> &lt;b&gt;1&lt;/b&gt; (<code>x &lt; y</code>)' in text
+    prose = html.unescape(re.sub(r'<[^>]+>', '', text))
+    assert 'after Dorent et al. (2019).' in prose
+    assert 'App (Gorgolewski et al. 2016; Gorgolewski et al. 2017), mail' in prose
+    assert 'mail to a@nobody, [@nobody].' in prose
+    assert 'href="https://doi.org/10.1038/sdata.2016.44"' in text
+    assert words.count('released under the CC0 licence') == 1
 
     local = [link for link in page.links if not link.startswith(('#', 'https:'))]
     assert sorted(Path(link).name for link in local if 'ses-1' in link) == [

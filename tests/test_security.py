@@ -489,10 +489,15 @@ def test_pages_escape_what_they_show(results, tmp_path, payload):
         shown += payload in ''.join(page.words)
     assert shown, 'the text is in none of the pages: what was tried is no longer shown'
 
+    alone = Page(subject_report(out, '1', provenance={}).read_text()).tags
     write_citation(out, f'Written with `{payload}` and **{payload}** {payload}')
     page = Page((out / 'logs' / 'CITATION.html').read_text())
     assert page.wrong == []
     assert not {'script', 'img', 'svg', 'iframe'} & page.tags.keys()
+    page = Page(subject_report(out, '1', provenance={}).read_text())
+    assert page.wrong == []
+    for tag in ('script', 'img', 'svg', 'iframe'):
+        assert page.tags.get(tag, 0) == alone.get(tag, 0)
 
 
 # --- fuzzers ------------------------------------------------------------------------------------
