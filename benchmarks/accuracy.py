@@ -195,15 +195,12 @@ def write_dataset(folder: Path, cases: Mapping[str, Case]) -> None:
 
 
 def run(bids: Path, out: Path, model: str, *more: str) -> None:
-    """Run the app on a dataset, unless that is done."""
-    done = out / 'logs' / 'benchmarked'
-    if not done.is_file():
-        arguments = [str(bids), str(out), 'participant', '--model', model, '--level', 'minimal']
-        arguments += ['-w', str(out.parent / 'work' / out.name), '--skip-bids-validation', *more]
-        code = jointseg(arguments)
-        if code:
-            sys.exit(f'jointseg ended with code {code} on {bids}')
-        done.touch()
+    """Run the app on a dataset; it does what is missing or was made by another card."""
+    arguments = [str(bids), str(out), 'participant', '--model', model, '--level', 'minimal']
+    arguments += ['-w', str(out.parent / 'work' / out.name), '--skip-bids-validation', *more]
+    code = jointseg(arguments)
+    if code:
+        sys.exit(f'jointseg ended with code {code} on {bids}')
 
 
 def label_map(out: Path, subject: str) -> Path:

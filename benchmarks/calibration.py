@@ -10,7 +10,7 @@ On the recipe's validation people, never on its test people:
   within 8 mm of true ones;
 - the repeatability, of thin slices (1 mm) and thick ones, of a T1w, a FLAIR and both: the same
   scans, the thin ones also cut into slices of 4 mm, and the raw ones of `openms`, which nobody
-  labelled and which are thick, are "acquired" twice, as other days would give them: in
+  labelled and which are thick, are "acquired" three times, as other days would give them: in
   another position, with another contrast, calibration and noise, and a coil that changes with the
   position. Half of a volume's 95 % interval is `k` times the volume that the probabilities leave
   in doubt, `k = t rms(dV / sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of
@@ -20,7 +20,8 @@ On the recipe's validation people, never on its test people:
   those whose two scans the app refuses to align. `held` says how many of the pairs lie within
   intervals that were fitted without their visit.
 
-Writes OUT/calibration.json; `--write` also puts both into the model's card.
+Writes OUT/calibration.json, and the volumes of all acquisitions to OUT/acquisitions.json;
+`--write` also puts both results into the model's card.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ COIL, MOVED_COIL = 0.1, 0.02
 """SD of the logarithm of a painted head's coil, and of what changes where the head lies elsewhere:
 `benchmarks/visits.py` measures that on real visits."""
 SLICE_MM = 4.0
-DRAWS = 2
+DRAWS = 3
 BORROWED = 4
 """Visits that each kind of scans borrows: about as many as the rarest kind has."""
 Ratios = dict[str, dict[str, list[list[float]]]]
@@ -420,6 +421,7 @@ def main() -> None:
         | fit_repeatability(again)
     )
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / 'acquisitions.json').write_text(json.dumps(again) + '\n')
     text = json.dumps(record, indent=2) + '\n'
     (options.out / 'calibration.json').write_text(text)
     print(text)
