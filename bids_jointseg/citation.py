@@ -98,7 +98,7 @@ def to_html(prose: str, *, heading: str) -> str:
             if 'doi' in entry
             else ''
         )
-        authors = entry['author'].replace(' and ', '; ')
+        authors = entry['author'].replace(' and others', ' et al.').replace(' and ', '; ')
         items.append(
             f'<li id="ref-{key}">{authors} ({entry["year"]}). {entry["title"]}. '
             f'<em>{place}</em>.{doi}</li>'

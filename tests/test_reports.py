@@ -486,6 +486,7 @@ def test_subject_page(results):
     assert 'after Dorent et al. (2019).' in prose
     assert 'App (Gorgolewski et al. 2016; Gorgolewski et al. 2017), mail' in prose
     assert 'mail to a@nobody, [@nobody].' in prose
+    assert 'Calhoun, Vince D. et al. (2016). The brain imaging data structure' in prose
     assert 'href="https://doi.org/10.1038/sdata.2016.44"' in text
     assert words.count('released under the CC0 licence') == 1
 
