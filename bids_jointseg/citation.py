@@ -61,37 +61,36 @@ def to_html(prose: str, *, heading: str) -> str:
         Tag of the headline of the references, ``h2`` or lower.
     """
     entries = parse_bibliography(_bibliography())
-    cited = [key for key in dict.fromkeys(re.findall(r'@(\w+)', prose)) if key in entries]
+    key = rf'@({"|".join(entries)})\b'
+    cited = dict.fromkeys(re.findall(key, prose))
 
-    def label(key: str) -> tuple[str, str]:
-        authors = entries[key]['author'].split(' and ')
-        family = [name.split(',')[0] for name in authors]
+    def label(name: str) -> tuple[str, str]:
+        authors = entries[name]['author'].split(' and ')
+        family = [author.split(',')[0] for author in authors]
         if len(family) > 2:
-            return f'{family[0]} et al.', entries[key]['year']
-        return ' and '.join(family), entries[key]['year']
+            return f'{family[0]} et al.', entries[name]['year']
+        return ' and '.join(family), entries[name]['year']
 
     def in_brackets(match: re.Match[str]) -> str:
-        keys = re.findall(r'@(\w+)', match[0])
-        if not entries.keys() >= set(keys):
-            return match[0]
-        links = (f'<a href="#ref-{key}">{" ".join(label(key))}</a>' for key in keys)
+        links = (
+            f'<a href="#ref-{name}">{" ".join(label(name))}</a>'
+            for name in re.findall(key, match[0])
+        )
         return '(' + '; '.join(links) + ')'
 
     def in_text(match: re.Match[str]) -> str:
-        if match[1] not in entries:
-            return match[0]
         name, year = label(match[1])
         return f'{name} (<a href="#ref-{match[1]}">{year}</a>)'
 
     text = html.escape(prose)
     text = re.sub(r'\*(.+?)\*', r'<em>\1</em>', text)
     text = re.sub('`(.+?)`', r'<code>\1</code>', text)
-    text = re.sub(r'\[@[^]]*\]', in_brackets, text)
-    text = re.sub(r'@(\w+)', in_text, text)
+    text = re.sub(rf'\[{key}(; {key})*\]', in_brackets, text)
+    text = re.sub(key, in_text, text)
     blocks = [f'<p>{paragraph}</p>' for paragraph in text.split('\n\n')]
     items = []
-    for key in cited:
-        entry = {name: html.escape(value) for name, value in entries[key].items()}
+    for cite in cited:
+        entry = {name: html.escape(value) for name, value in entries[cite].items()}
         place = entry.get('journal') or entry.get('booktitle', '')
         doi = (
             f' <a href="https://doi.org/{entry["doi"]}">{entry["doi"]}</a>'
@@ -100,7 +99,7 @@ def to_html(prose: str, *, heading: str) -> str:
         )
         authors = entry['author'].replace(' and others', ' et al.').replace(' and ', '; ')
         items.append(
-            f'<li id="ref-{key}">{authors} ({entry["year"]}). {entry["title"]}. '
+            f'<li id="ref-{cite}">{authors} ({entry["year"]}). {entry["title"]}. '
             f'<em>{place}</em>.{doi}</li>'
         )
     if items:

@@ -1195,6 +1195,7 @@ def subject_report(out_dir: Path, subject: str, *, provenance: Mapping[str, Any]
         kinds=CHANGES,
         names={'brain': 'Brain'} | {label.abbreviation: label.name for label in CLASSES},
         provenance=provenance,
+        notice=citation.NOTICE,
         methods=_methods(out_dir / 'logs' / 'CITATION.md'),
     )
     return write_text(out_dir / f'sub-{subject}.html', page)
