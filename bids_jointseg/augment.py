@@ -188,6 +188,25 @@ def undisturbed(drawn: Intensity) -> Intensity:
     )
 
 
+def drawn_again(drawn: Intensity, rng: np.random.Generator) -> Intensity:
+    """Return another acquisition of the same head: its contrast, noise and normalisation differ.
+
+    What was lost to thick slices stays lost.
+    """
+    return replace(
+        drawn,
+        gamma=drawn.gamma * float(np.exp(rng.uniform(-0.2, 0.2))),
+        noise=drawn.noise if drawn.noise else rng.uniform(0, 0.03),
+        level=drawn.level + rng.uniform(-0.05, 0.05),
+        scale=drawn.scale * rng.uniform(0.95, 1.05),
+    )
+
+
+def level_after(mean: float, std: float, gamma: float) -> tuple[float, float]:
+    """Return mean and SD of a scan after gamma, as a normal distribution has them, nearly."""
+    return mean**gamma, std * gamma * mean ** (gamma - 1)
+
+
 def acquire(image: Tensor, drawn: Intensity, generator: Generator) -> Tensor:
     """Return an image in units of white matter as a scanner would give it, `(X, Y, Z)`.
 

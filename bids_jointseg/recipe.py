@@ -152,6 +152,9 @@ class TrainingSettings:
         Of the cross-entropy beside the overlap.
     consistency_from, consistency_every
         Warm-up of the unlabelled term, and the iterations between two of them.
+    steadiness
+        Weight of the agreement in tissue between two acquisitions of each window, which differ in
+        contrast and noise. Both learn what is annotated. 0 acquires it once.
     lesions_every
         Iterations between two batches of the people whose annotation tells lesions, where there
         are others whose tissue is told: every iteration has one of these.
@@ -160,7 +163,7 @@ class TrainingSettings:
     stop_gradient
         The answer of all modalities teaches that of a subset and learns nothing from it.
     spare_lesions
-        Leave lesion voxels out of the unlabelled term.
+        Leave lesion voxels out of these agreements.
     supervise_subsets
         Lesions are learned from the subset as well.
     average
@@ -188,6 +191,7 @@ class TrainingSettings:
     entropy_weight: float = 1.0
     consistency_from: int = 800
     consistency_every: int = 8
+    steadiness: float = 0.0
     lesions_every: int = 1
     subsets: tuple[tuple[str, ...], ...] = ()
     stop_gradient: bool = False
@@ -517,6 +521,11 @@ def _check(recipe: Recipe) -> None:
         if getattr(recipe.training, key) not in choices:
             value = getattr(recipe.training, key)
             raise RecipeError(f'[training] {key} is {value!r}: choose {" or ".join(choices)}')
+    if recipe.training.steadiness and not recipe.samples.augment:
+        raise RecipeError(
+            '[training] steadiness acquires a window twice, which [samples] augment = false '
+            'forbids: leave one of them out'
+        )
     for source in recipe.datasets:
         try:
             _check_source(source, recipe)

@@ -6,9 +6,9 @@ and the same after a restart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import product
 
 import numpy as np
@@ -45,12 +45,16 @@ class Sample:
         1 where the annotation tells that share, `(G, X, Y, Z)` or `(1, X, Y, Z)`.
     groups
         What the annotation tells apart.
+    again
+        The same window as another scanner would give it, of the keys and shapes of `images`, or
+        nothing.
     """
 
     images: dict[str, Tensor]
     target: Tensor
     valid: Tensor
     groups: tuple[frozenset[str], ...]
+    again: dict[str, Tensor] = field(default_factory=dict)
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
@@ -61,6 +65,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
         torch.stack([s.target for s in samples]),
         torch.stack([s.valid for s in samples]),
         first.groups,
+        {name: torch.stack([s.again[name] for s in samples]) for name in first.again},
     )
 
 
@@ -121,6 +126,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
         See there.
     slice_mm
         Slice distances that the model is for.
+    again
+        Whether each sample is acquired twice.
     seed, batch, length
         Sample `i` depends on `(seed, i)`; what `batch` neighbours have in common on
         `(seed, i // batch)`.
@@ -134,13 +141,14 @@ class Windows(torch.utils.data.Dataset[Sample]):
         masks: Sequence[Tensor] = (),
         settings: SampleSettings,
         slice_mm: tuple[float, float] = (1.0, 6.0),
+        again: bool = False,
         seed: int,
         batch: int = 1,
         length: int,
     ) -> None:
         self.cohorts = tuple(cohort for cohort in cohorts if cohort.people)
         self.heads, self.masks = tuple(heads), tuple(masks)
-        self.settings, self.slice_mm = settings, slice_mm
+        self.settings, self.slice_mm, self.again = settings, slice_mm, again
         self.seed, self.batch, self.length = seed, batch, length
 
     def __len__(self) -> int:
@@ -332,7 +340,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
                     grown = synth.grow_lesions(white, near, generator, rng)
                     lesion = torch.maximum(lesion, grown)
             sets = torch.where((lesion > 0.5) & (kinds == synth.WHITE), LESION, sets)
-        images, seen = self._images(
+        images, again, seen = self._images(
             person,
             modalities,
             kinds,
@@ -345,7 +353,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             intact=intact,
         )
         target, valid = shares(sets, cohort, dense)
-        return Sample(images, target, valid * seen, cohort.groups)
+        return Sample(images, target, valid * seen, cohort.groups, again)
 
     def _lesion_jitter(self, rng: np.random.Generator) -> np.ndarray:
         """Return a small affine change of a lesion mask, `(4, 4)`, perhaps mirrored."""
@@ -411,13 +419,14 @@ class Windows(torch.utils.data.Dataset[Sample]):
         *,
         contrast_spread: float,
         intact: bool,
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Paint, or take from the scan, each modality of a window.
 
         Returns
         -------
-        tuple[dict[str, Tensor], Tensor]
-            Modality -> `(1, X, Y, Z)`, and which voxels any of them shows, `(X, Y, Z)`.
+        tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
+            Modality -> `(1, X, Y, Z)`, the same acquired again, if it is, and which voxels any
+            of them shows, `(X, Y, Z)`.
         """
         scans = {name: augment.warp(person.images[name], points) for name in person.images}
         counts: dict[int, int] = {}
@@ -425,8 +434,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             kinds, counts = self._surround(person, kinds, points, rng)
             shown = synth.add_distractors(kinds, rng, generator)
             severity = (0.25 * synth.smooth_field(tuple(kinds.shape), 10, generator)).exp()
-        images = {}
-        views = []
+        kept, acquired = {}, {}
         for modality in modalities:
             scan = scans.get(modality)
             drawn = augment.draw_intensity(rng)
@@ -434,9 +442,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
                 drawn = augment.undisturbed(drawn)
             if kinds is None:
                 image = scans[modality]
-                mean, std = person.levels[modality]
-                # Of the scan after gamma, as a normal distribution has it, nearly.
-                level = (mean**drawn.gamma, std * drawn.gamma * mean ** (drawn.gamma - 1))
+                level = partial(augment.level_after, *person.levels[modality])
             else:
                 contrast = synth.draw_contrast(modality, rng, spread=contrast_spread)
                 image = synth.paint(shown, lesion, contrast, generator, severity)
@@ -458,14 +464,49 @@ class Windows(torch.utils.data.Dataset[Sample]):
                     grain = (seen - 1).clamp(-0.2, 0.2) * (kinds == synth.WHITE) * (lesion < 0.1)
                     image = image - rng.uniform(-0.2, 0.5) * grain
                 image = torch.where(kinds == synth.AIR, torch.zeros(()), image)
-                level = synth.painted_level(means**drawn.gamma, counts)
-            image = augment.slices(augment.acquire(image, drawn, generator), dense)
-            image, view = augment.limit_view(
-                image, augment.draw_view(rng, image.shape, self.settings.view_share)
-            )
-            views.append(view)
-            images[modality] = augment.standardise(image, *level, drawn)[None]
-        return images, torch.stack(views).any(0).float()
+                level = partial(synth.painted_level, means, counts)
+            shape = (*image.shape[:2], image.shape[2] // dense)
+            view = augment.draw_view(rng, shape, self.settings.view_share)
+            kept[modality] = drawn, partial(_acquired, image, dense, view, level, generator)
+            acquired[modality] = kept[modality][1](drawn)
+        images = {modality: image for modality, (image, _) in acquired.items()}
+        seen = torch.stack([inside for _, inside in acquired.values()]).any(0).float()
+        again = {
+            modality: acquire(augment.drawn_again(drawn, rng))[0]
+            for modality, (drawn, acquire) in (kept if self.again else {}).items()
+        }
+        return images, again, seen
+
+
+def _acquired(
+    image: Tensor,
+    dense: int,
+    view: augment.View,
+    level: Callable[[float], tuple[float, float]],
+    generator: Generator,
+    drawn: augment.Intensity,
+) -> tuple[Tensor, Tensor]:
+    """Return what a scanner gives of a window, `(1, X, Y, Z)`, and what of it is seen.
+
+    Parameters
+    ----------
+    image
+        In units of white matter, `(X, Y, Z * dense)`.
+    dense
+        Points across a slice.
+    view
+        Of the scan.
+    level
+        Exponent of the contrast -> mean and SD of the scan.
+    generator
+        Of the noise and the coil.
+    drawn
+        The acquisition.
+    """
+    seen, inside = augment.limit_view(
+        augment.slices(augment.acquire(image, drawn, generator), dense), view
+    )
+    return augment.standardise(seen, *level(drawn.gamma), drawn)[None], inside
 
 
 def shares(sets: Tensor, cohort: Cohort, dense: int) -> tuple[Tensor, Tensor]:

@@ -428,7 +428,9 @@ def paint(
     )
 
 
-def painted_level(means: np.ndarray, counts: Mapping[int, int]) -> tuple[float, float]:
+def painted_level(
+    means: np.ndarray, counts: Mapping[int, int], gamma: float = 1.0
+) -> tuple[float, float]:
     """Return mean and standard deviation over the foreground of a whole painted scan.
 
     The same rule as :func:`bids_jointseg.image.foreground`, from the number of voxels of each
@@ -438,13 +440,15 @@ def painted_level(means: np.ndarray, counts: Mapping[int, int]) -> tuple[float, 
     Parameters
     ----------
     means
-        Kind -> intensity, in units of white matter, `(K,)`; after gamma, if there is one.
+        Kind -> intensity, in units of white matter, `(K,)`.
     counts
         Kind -> voxels in the whole scan.
+    gamma
+        Exponent that the scan's contrast has on top.
     """
     kinds = np.array([kind for kind in counts if kind != AIR])
     weights = np.array([counts[int(kind)] for kind in kinds], dtype=float)
-    centre = means[kinds]
+    centre = means[kinds] ** gamma
     # Partial volume: the layers of a head are few voxels thick.
     centre = centre + MIXED * (np.average(centre, weights=weights) - centre)
     spread = SPREAD[kinds]

@@ -364,6 +364,7 @@ class _Risk:
         batch = _to(batch, self.device)
         told = len(batch.groups) > 1
         everything = probabilities(network, batch.images)
+        spared = self._lesions(batch, everything) if s.spare_lesions else None
         risks = {}
 
         def supervised(p: Tensor) -> Tensor:
@@ -378,12 +379,18 @@ class _Risk:
 
         if told:
             risks[name] = supervised(everything)
+        if batch.again:
+            again = probabilities(network, batch.again)
+            risks[f'{name} steadiness'] = s.steadiness * consistency_risk(
+                everything, again, spared, **self.options
+            )
+            if told:
+                risks[f'{name} again'] = supervised(again)
         agree = len(batch.images) > 1 and self.agreement.number(step) is not None
         if agree and not tells_tissue(batch.groups):
             choices = s.subsets or subsets(tuple(batch.images))
             chosen = choices[int(np.random.default_rng((s.seed, 9, step)).integers(len(choices)))]
             some = probabilities(network, {name: batch.images[name] for name in chosen})
-            spared = self._lesions(batch, everything) if s.spare_lesions else None
             target = everything.detach() if s.stop_gradient else everything
             risks[f'{name} agreement'] = consistency_risk(target, some, spared, **self.options)
             if told and s.supervise_subsets:
@@ -494,11 +501,14 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _to(sample: Sample, device: str) -> Sample:
-    images = {
-        name: image.to(device, memory_format=torch.channels_last_3d)
-        for name, image in sample.images.items()
-    }
-    return Sample(images, sample.target.to(device), sample.valid.to(device), sample.groups)
+    images, again = (
+        {
+            name: image.to(device, memory_format=torch.channels_last_3d)
+            for name, image in of.items()
+        }
+        for of in (sample.images, sample.again)
+    )
+    return Sample(images, sample.target.to(device), sample.valid.to(device), sample.groups, again)
 
 
 def _schedule(settings: Settings, step: int) -> float:
@@ -843,6 +853,7 @@ def train_recipe(
             masks=data.masks[part],
             settings=eased,
             slice_mm=recipe.slice_mm,
+            again=part == 'train' and settings.steadiness > 0,
             seed=settings.seed + number,
             batch=batch,
             length=length,

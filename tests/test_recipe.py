@@ -135,6 +135,10 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f"{HEAD}{TISSUE}[training]\nrate = 'low'", r"\[training\] rate is 'low': not a float"),
         (f'{HEAD}{TISSUE}[samples]\nwindow = [9, 9]', r'\[samples\] window is \[9, 9\]: give 3'),
         (f"{HEAD}{TISSUE}[training]\noptimiser = 'sgd'", "is 'sgd': choose adam or adamw"),
+        (
+            f'{HEAD}{TISSUE}[training]\nsteadiness = 1.0\n[samples]\naugment = false',
+            'steadiness acquires a window twice',
+        ),
         (f'training = 1\n{HEAD}{TISSUE}', r'training is 1: write it as a table \[training\]'),
         (f"folds = 'two'\n{HEAD}{TISSUE}", 'a value is of the wrong kind'),
         (f"{HEAD}[datasets]\nname = 'a'", r'write each dataset as \[\[datasets\]\]'),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bids_jointseg import synth
+from bids_jointseg import augment, synth
 from bids_jointseg.cache import (
     MNI_SHAPE,
     NOTHING,
@@ -34,6 +34,7 @@ from bids_jointseg.sampling import (
     Cohort,
     Sample,
     Windows,
+    collate,
     paint_head,
     shares,
     subsets,
@@ -505,6 +506,41 @@ def test_an_intact_scan_is_neither_turned_nor_degraded(tmp_path, spacing, slice_
         assert np.abs(slope * score[inside] + shift - image).max() < 1e-3
         assert 0.95 < slope < 1.05
         assert abs(shift) < 0.06
+
+
+def test_a_window_can_be_acquired_twice(tmp_path):
+    sets = draw_sets()
+    values = np.random.default_rng(0).uniform(20, 120, sets.shape)
+    scans = {name: ball(sets.shape, 7) * values for name in ('T1w', 'FLAIR')}
+    person = read_person(write(tmp_path / 'a.npz', sets, images=scans))
+    settings = replace(BENT, intact_share=1.0, view_share=0.0, outside_share=0.0)
+    once, both = (windows(person, settings=settings, again=again) for again in (False, True))
+    bends = []
+    for number in range(20):
+        sample = both[number]
+        assert same(sample, once[number])
+        assert not once[number].again
+        assert sample.again.keys() == sample.images.keys()
+        for name, first in sample.images.items():
+            head = first > first.min() + 0.5
+            if head.sum() > 200:
+                # The same order of intensities, but for a little noise; another contrast.
+                pair = torch.stack([first[head], sample.again[name][head]])
+                assert torch.corrcoef(pair)[0, 1] > 0.97
+                bends.append(np.polyfit(*pair.numpy(), 2)[0])
+    assert np.std(bends) > 0.01
+    batch = collate([both[0], both[0]])
+    shapes = {name: (2, *image.shape) for name, image in both[0].again.items()}
+    assert {name: image.shape for name, image in batch.again.items()} == shapes
+
+
+def test_level_after_an_exponent():
+    scan = torch.normal(1.0, 0.2, (100_000,), generator=torch.Generator().manual_seed(0))
+    scan = scan.clamp_min(0)
+    for gamma in (0.8, 1.25):
+        mean, std = augment.level_after(1.0, 0.2, gamma)
+        assert mean == pytest.approx(float((scan**gamma).mean()), abs=0.01)
+        assert std == pytest.approx(float((scan**gamma).std()), rel=0.03)
 
 
 def test_a_scan_smaller_than_the_window_lies_in_air(tmp_path):

@@ -493,6 +493,46 @@ def test_terms_follow_from_the_annotation_and_the_settings():
     assert terms(HELD_OUT[0]) == {'x'}
     alone_ = replace(PATIENTS[0], images={'FLAIR': PATIENTS[0].images['FLAIR']})
     assert terms(alone_) == {'x'}
+    # What is acquired twice has to get the same answer, and both learn what is annotated.
+    assert terms(twice(TISSUE[0])) == {'x', 'x steadiness', 'x again'}
+    assert terms(twice(STRANGERS[0]), 2) == {'x steadiness'}
+
+
+def twice(sample: Sample) -> Sample:
+    """Return a sample that is acquired again, with another contrast."""
+    again = {name: 0.7 * image + 0.2 for name, image in sample.images.items()}
+    return replace(sample, again=again)
+
+
+def test_steadiness_is_the_distance_between_two_acquisitions():
+    _, once = risk(replace(SMALL, steadiness=1.0), twice(STRANGERS[0]), 2)
+    _, thrice = risk(replace(SMALL, steadiness=3.0), twice(STRANGERS[0]), 2)
+    assert once['x steadiness'] > 0.01
+    assert thrice['x steadiness'] == pytest.approx(3 * once['x steadiness'])
+    same = replace(STRANGERS[0], again=STRANGERS[0].images)
+    assert risk(replace(SMALL, steadiness=1.0), same, 2)[1] == {'x steadiness': 0}
+
+
+def test_steadiness_steadies(tmp_path):
+    """Two acquisitions agree better with the term than without, and as well with the labels."""
+
+    class Twice(Blocks):
+        def __getitem__(self, number: int) -> Sample:
+            return twice(super().__getitem__(number))
+
+    data = Twice(('T1w',), SINGLE)
+    sample = collate([data[9_500]])
+    apart = {}
+    for weight in (0.0, 3.0):
+        settings = replace(
+            SMALL, steadiness=weight, steps=100, validate_every=100, average=0.9,
+            modalities=('T1w',),
+        )  # fmt: skip
+        trained = run(settings, {'tissue': data}, None, [], tmp_path / str(weight), workers=0)
+        p, q = (probabilities(trained.network, images) for images in (sample.images, sample.again))
+        assert (p.argmax(1) == sample.target.argmax(1)).float().mean() > 0.9
+        apart[weight] = float((p - q).abs().mean())
+    assert apart[3.0] < 0.7 * apart[0.0]
 
 
 # --- several processes --------------------------------------------------------------------------
