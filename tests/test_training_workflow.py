@@ -288,6 +288,9 @@ def test_whole_scans_of_test_people_are_scored(calls):
 def test_a_trial_scores_one_test_scan_of_each_dataset(recipe, tmp_path):
     listed = "protocol = 'atlas.tsv'\ntest = ['1']\nvalidation = ['2']\n"
     text = RECIPE.replace("protocol = 'atlas.tsv'\n", listed)
+    # The controls come twice, as in the recipe of the default model.
+    entry = '[[datasets]]' + text.split('[[datasets]]')[2]
+    text += entry.replace("'controls'", "'again'\nroot = 'controls'")
     trial = recipe.with_name('trial.toml')
     trial.write_text(f'{text}\n[smoke]\nfolds = 1\n[smoke.training]\nsteps = 2\n')
     code, _ = jointseg_train(trial, tmp_path, '--smoke')

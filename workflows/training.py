@@ -510,17 +510,21 @@ def _split(
 def _test_items(
     options: Options, items: Sequence[Item], split: Mapping[str, Mapping[str, str]]
 ) -> list[Item]:
-    """Return the annotated scans of the people whom a fold tests on: a trial, one per dataset."""
-    found = [
-        item
-        for item in items
-        if split[item.source.name][item.found.subject] == 'test'
-        and item.found.annotation is not None
-    ]
+    """Return the annotated scans of the people whom a fold tests on: a trial, one per dataset.
+
+    A scan that two datasets show, each in its own way, is tested once; painted scans are each
+    dataset's own.
+    """
+    found: dict[tuple[object, ...], Item] = {}
+    for item in items:
+        tested = split[item.source.name][item.found.subject] == 'test'
+        if tested and item.found.annotation is not None:
+            shown = item.found.scan or item.source.name
+            found.setdefault((shown, item.found.annotation, item.source.protocol), item)
     if not options.smoke:
-        return found
+        return list(found.values())
     firsts: dict[str, Item] = {}
-    for item in found:
+    for item in found.values():
         firsts.setdefault(item.source.name, item)
     return list(firsts.values())
 
