@@ -379,7 +379,7 @@ class _Risk:
 
         if told:
             risks[name] = supervised(everything)
-        if batch.again:
+        if batch.again and step >= s.consistency_from:
             again = probabilities(network, batch.again)
             risks[f'{name} steadiness'] = s.steadiness * consistency_risk(
                 everything, again, spared, **self.options

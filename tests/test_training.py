@@ -496,6 +496,7 @@ def test_terms_follow_from_the_annotation_and_the_settings():
     # What is acquired twice has to get the same answer, and both learn what is annotated.
     assert terms(twice(TISSUE[0])) == {'x', 'x steadiness', 'x again'}
     assert terms(twice(STRANGERS[0]), 2) == {'x steadiness'}
+    assert terms(twice(TISSUE[0]), 0) == {'x'}
 
 
 def twice(sample: Sample) -> Sample:
