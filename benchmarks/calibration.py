@@ -48,7 +48,7 @@ from scipy.stats import t
 from bids_jointseg import image, quality
 from bids_jointseg.augment import smooth_field
 from bids_jointseg.bids import annotated_scans
-from bids_jointseg.card import read_card
+from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.inference import combine, consensus, predict
 from bids_jointseg.interfaces import acquisition
@@ -100,10 +100,15 @@ def _acquired(scan: Volume, move: NDArray[np.float64], rng: np.random.Generator)
     level = float(np.median(data[head]))
     coil = draw_coil(data.shape, MOVED_COIL, rng)
     noise = rng.normal(0, 0.03 * level, (2, *data.shape))
-    contrast = np.maximum(data / level, 0) ** np.exp(rng.normal(0, 0.05)) * level
+    contrast = with_contrast(data, level, np.exp(rng.normal(0, 0.05)))
     again = np.hypot(contrast * coil + noise[0], noise[1])
     # Air that was zero stays so: brains without skull have been extracted.
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
+
+
+def with_contrast(data: NDArray[Any], level: float, exponent: float) -> NDArray[Any]:
+    """Return a scan in which the brightness `level` stays, and all other is bent around it."""
+    return np.asarray(np.maximum(data / level, 0) ** exponent * level)
 
 
 def draw_coil(
@@ -178,7 +183,7 @@ def measure(job: Job) -> dict[str, Any] | None:
     card = read_card(model)
     network = load_model(card)
     scans = visit.scans(seed)
-    first, reference = next(iter(scans.items()))
+    reference, *_ = scans.values()
     try:
         between = image.transforms(
             image.register(scans['T1w'], scans['FLAIR']) if len(scans) > 1 else np.eye(4)
@@ -186,21 +191,7 @@ def measure(job: Job) -> dict[str, Any] | None:
     except image.ImageError as error:
         print(f'{", ".join(map(str, visit.images.values()))}, {seed}: {error}', flush=True)
         return None
-    passes, agreed = {}, []
-    for look, (images, grid) in image.to_model_grids(
-        scans, between, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
-    ).items():
-        members = predict(
-            network,
-            {modality: image.normalise(data) for modality, data in images.items()},
-            window=card.window,
-            mirror=grid.lateral_axis,
-            device='cpu',
-        )
-        agreed.append(consensus(members))
-        passes[look] = (image.keep_brain(combine(members, temperature), grid), grid)
-    to = {look: between[first, look] for look in passes}
-    joint = image.joint_probabilities(passes, reference.grid, to)
+    joint, agreement = segment(network, card, scans, between, temperature=temperature)
     grids = {modality: scan.grid for modality, scan in scans.items()}
     result: dict[str, Any] = {'acquisition': acquisition(grids)}
     labels = image.label_map(joint)
@@ -211,7 +202,7 @@ def measure(job: Job) -> dict[str, Any] | None:
             labels,
             between=between,
             doubt_mm3=result['doubt'],
-            agreement=min(agreed),
+            agreement=agreement,
         )
     )
     result['volumes'] = image.volumes_mm3(labels, reference.grid)
@@ -237,6 +228,34 @@ def measure(job: Job) -> dict[str, Any] | None:
             }
         )
     return result
+
+
+def segment(
+    network: torch.nn.Module,
+    card: ModelCard,
+    scans: Mapping[str, Volume],
+    between: Mapping[tuple[str, str], NDArray[np.float64]],
+    *,
+    temperature: float = 1.0,
+    mirror: bool = True,
+) -> tuple[NDArray[np.float32], float]:
+    """Return the probabilities on the grid of the first scan, and how well the members agree."""
+    passes, agreed = {}, []
+    for look, (images, grid) in image.to_model_grids(
+        scans, between, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
+    ).items():
+        members = predict(
+            network,
+            {modality: image.normalise(data) for modality, data in images.items()},
+            window=card.window,
+            mirror=grid.lateral_axis if mirror else None,
+            device='cpu',
+        )
+        agreed.append(consensus(members))
+        passes[look] = (image.keep_brain(combine(members, temperature), grid), grid)
+    first, reference = next(iter(scans.items()))
+    to = {look: between[first, look] for look in passes}
+    return image.joint_probabilities(passes, reference.grid, to), min(agreed)
 
 
 def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

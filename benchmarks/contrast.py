@@ -1,0 +1,102 @@
+"""How far the contrast of a T1w moves the volumes that a model finds in it.
+
+    python benchmarks/contrast.py DATA OUT [--models NAME_OR_CARD ...]
+
+The T1w of the recipe's validation people (real ones, skull-stripped, and two painted heads, each
+painted twice) and of four raw visits of `openms` are segmented with an exponent of 0.93 and with
+one of 1.07, about as far apart as those of two visits may be (`benchmarks/visits.py`): one pass
+without mirror image and without the bias of the card. Prints half of the difference of a volume
+in per cent, the root of the mean square over scans, and writes OUT/contrast.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accuracy import paint_heads, tissue_scans
+from calibration import segment, with_contrast
+from torch.nn import Module
+
+from bids_jointseg import image
+from bids_jointseg.bids import annotated_scans
+from bids_jointseg.card import ModelCard, read_card
+from bids_jointseg.image import Volume
+from bids_jointseg.labels import TISSUES
+from bids_jointseg.network import load_model
+from bids_jointseg.recipe import read_recipe
+
+EXPONENTS = (0.93, 1.07)
+PAINTINGS = (50, 60)
+"""Seeds."""
+RAW = 4
+"""Visits."""
+
+
+def scans_of(data: Path, out: Path) -> dict[str, list[Path]]:
+    """Return the T1w of each kind."""
+    sources = {source.name: source for source in read_recipe('jointseg').datasets}
+    heads, masks = sources['heads'], sources['openms-mni']
+    painted = [
+        case
+        for seed in PAINTINGS
+        for case in paint_heads(
+            heads, masks, data, 'validation', out / f'heads{seed}', seed=seed
+        ).values()
+    ]
+    real = tissue_scans(sources['neuromorphometrics'], data, 'validation')
+    raw = annotated_scans(sources['openms'], data / sources['openms'].root)
+    return {
+        'real': [case.images['T1w'] for case in real.values()],
+        'painted heads': [case.images['T1w'] for case in painted],
+        'raw visits': [item.scan.t1w for item in raw[:RAW]],
+    }
+
+
+def volumes(network: Module, card: ModelCard, scan: Volume, exponent: float) -> list[float]:
+    """Return the volume of each tissue in a scan of that contrast."""
+    level = float(np.median(scan.data[scan.data > image.foreground(scan.data)]))
+    bent = with_contrast(scan.data, level, exponent).astype(np.float32)
+    between = image.transforms(np.eye(4))
+    joint, _ = segment(network, card, {'T1w': Volume(bent, scan.grid)}, between, mirror=False)
+    found = image.volumes_mm3(image.label_map(joint), scan.grid)
+    return [found[name] for name in TISSUES]
+
+
+def moved(network: Module, card: ModelCard, paths: Sequence[Path]) -> dict[str, float]:
+    """Return how far contrast moves the volume of each tissue, per cent."""
+    shares = []
+    for path in paths:
+        scan = image.load_scan(path)
+        low, high = (np.array(volumes(network, card, scan, e)) for e in EXPONENTS)
+        shares.append(100 * (high - low) / (high + low))
+    root = np.sqrt(np.mean(np.square(shares), axis=0))
+    return dict(zip(TISSUES, root.round(2).tolist(), strict=True))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('data', type=Path)
+    parser.add_argument('out', type=Path)
+    parser.add_argument('--models', nargs='+', default=['jointseg'])
+    options = parser.parse_args()
+    kinds = scans_of(options.data.resolve(), options.out.resolve())
+    record = {}
+    print(f'| model | T1w | {" | ".join(TISSUES)} |\n|---|---|' + '---:|' * len(TISSUES))
+    for model in options.models:
+        card = replace(read_card(model), bias={})
+        network = load_model(card)
+        record[model] = {kind: moved(network, card, paths) for kind, paths in kinds.items()}
+        for kind, row in record[model].items():
+            cells = ' | '.join(f'{value:.2f}' for value in row.values())
+            print(f'| {model} | {kind} | {cells} |', flush=True)
+    (options.out / 'contrast.json').write_text(json.dumps(record, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
