@@ -96,14 +96,18 @@ def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
 def _acquired(scan: Volume, move: NDArray[np.float64], rng: np.random.Generator) -> Volume:
     """Return a scan of a moved head, with other noise, coil and contrast."""
     data = image.resample(scan, scan.grid, move)
-    head = data > image.foreground(data)
-    level = float(np.median(data[head]))
+    level = head_level(data)
     coil = draw_coil(data.shape, MOVED_COIL, rng)
     noise = rng.normal(0, 0.03 * level, (2, *data.shape))
     contrast = with_contrast(data, level, np.exp(rng.normal(0, 0.05)))
     again = np.hypot(contrast * coil + noise[0], noise[1])
     # Air that was zero stays so: brains without skull have been extracted.
     return Volume(np.where(data > 1e-3 * level, again, data).astype(np.float32), scan.grid)
+
+
+def head_level(data: NDArray[np.float32]) -> float:
+    """Return the median brightness of a head."""
+    return float(np.median(data[data > image.foreground(data)]))
 
 
 def with_contrast(data: NDArray[Any], level: float, exponent: float) -> NDArray[Any]:

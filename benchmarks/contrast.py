@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import paint_heads, tissue_scans
-from calibration import segment, with_contrast
+from calibration import head_level, segment, with_contrast
 from torch.nn import Module
 
 from bids_jointseg import image
@@ -59,8 +59,7 @@ def scans_of(data: Path, out: Path) -> dict[str, list[Path]]:
 
 def volumes(network: Module, card: ModelCard, scan: Volume, exponent: float) -> list[float]:
     """Return the volume of each tissue in a scan of that contrast."""
-    level = float(np.median(scan.data[scan.data > image.foreground(scan.data)]))
-    bent = with_contrast(scan.data, level, exponent).astype(np.float32)
+    bent = with_contrast(scan.data, head_level(scan.data), exponent).astype(np.float32)
     between = image.transforms(np.eye(4))
     joint, _ = segment(network, card, {'T1w': Volume(bent, scan.grid)}, between, mirror=False)
     found = image.volumes_mm3(image.label_map(joint), scan.grid)

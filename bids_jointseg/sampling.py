@@ -434,7 +434,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             kinds, counts = self._surround(person, kinds, points, rng)
             shown = synth.add_distractors(kinds, rng, generator)
             severity = (0.25 * synth.smooth_field(tuple(kinds.shape), 10, generator)).exp()
-        kept, acquired = {}, {}
+        images, views, scanners = {}, [], {}
         for modality in modalities:
             scan = scans.get(modality)
             drawn = augment.draw_intensity(rng)
@@ -467,15 +467,17 @@ class Windows(torch.utils.data.Dataset[Sample]):
                 level = partial(synth.painted_level, means, counts)
             shape = (*image.shape[:2], image.shape[2] // dense)
             view = augment.draw_view(rng, shape, self.settings.view_share)
-            kept[modality] = drawn, partial(_acquired, image, dense, view, level, generator)
-            acquired[modality] = kept[modality][1](drawn)
-        images = {modality: image for modality, (image, _) in acquired.items()}
-        seen = torch.stack([inside for _, inside in acquired.values()]).any(0).float()
+            acquire = partial(_acquired, image, dense, view, level, generator)
+            images[modality], inside = acquire(drawn)
+            views.append(inside)
+            if self.again:
+                scanners[modality] = (drawn, acquire)
+        # In the end, so that the first acquisitions are the same with or without a second.
         again = {
             modality: acquire(augment.drawn_again(drawn, rng))[0]
-            for modality, (drawn, acquire) in (kept if self.again else {}).items()
+            for modality, (drawn, acquire) in scanners.items()
         }
-        return images, again, seen
+        return images, again, torch.stack(views).any(0).float()
 
 
 def _acquired(

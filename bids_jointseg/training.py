@@ -364,7 +364,6 @@ class _Risk:
         batch = _to(batch, self.device)
         told = len(batch.groups) > 1
         everything = probabilities(network, batch.images)
-        spared = self._lesions(batch, everything) if s.spare_lesions else None
         risks = {}
 
         def supervised(p: Tensor) -> Tensor:
@@ -377,13 +376,15 @@ class _Risk:
                 **self.options,
             )
 
+        def agreement(p: Tensor, q: Tensor) -> Tensor:
+            spared = self._lesions(batch, everything) if s.spare_lesions else None
+            return consistency_risk(p, q, spared, **self.options)
+
         if told:
             risks[name] = supervised(everything)
         if batch.again and step >= s.consistency_from:
             again = probabilities(network, batch.again)
-            risks[f'{name} steadiness'] = s.steadiness * consistency_risk(
-                everything, again, spared, **self.options
-            )
+            risks[f'{name} steadiness'] = s.steadiness * agreement(everything, again)
             if told:
                 risks[f'{name} again'] = supervised(again)
         agree = len(batch.images) > 1 and self.agreement.number(step) is not None
@@ -392,7 +393,7 @@ class _Risk:
             chosen = choices[int(np.random.default_rng((s.seed, 9, step)).integers(len(choices)))]
             some = probabilities(network, {name: batch.images[name] for name in chosen})
             target = everything.detach() if s.stop_gradient else everything
-            risks[f'{name} agreement'] = consistency_risk(target, some, spared, **self.options)
+            risks[f'{name} agreement'] = agreement(target, some)
             if told and s.supervise_subsets:
                 risks[f'{name} subset'] = supervised(some)
         values = {name: float(risk.detach()) for name, risk in risks.items()}
