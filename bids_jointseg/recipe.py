@@ -8,6 +8,7 @@ training names what it `tells`; one that nothing is learned from names its peopl
 from __future__ import annotations
 
 import logging
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,14 @@ CHOICES = {
     'overlap': ('soergel', 'tanimoto'),
 }
 """Of settings that are one of a few words."""
+ABOVE_ZERO = (
+    'steps', 'batch', 'rate', 'clip', 'consistency_every', 'lesions_every', 'validate_every',
+)  # fmt: skip
+SHARES = (
+    'average', 'thin_share', 'intact_share', 'lesion_share', 'lesion_centre', 'outside_share',
+    'strip_share', 'borrow_share', 'view_share',
+)  # fmt: skip
+"""Of settings that are a number, those that have a limit beside being at least zero."""
 PAINTABLE = ('freesurfer', 'neuromorphometrics')
 """Protocols of which :mod:`bids_jointseg.synth` knows what tissue every label is."""
 
@@ -522,6 +531,9 @@ def _check(recipe: Recipe) -> None:
         if getattr(recipe.training, key) not in choices:
             value = getattr(recipe.training, key)
             raise RecipeError(f'[training] {key} is {value!r}: choose {" or ".join(choices)}')
+    for table, settings in (('training', recipe.training), ('samples', recipe.samples)):
+        for entry in fields(settings):
+            _check_number(table, entry.name, getattr(settings, entry.name))
     if recipe.training.steadiness and not recipe.samples.augment:
         raise RecipeError(
             '[training] steadiness acquires a window twice, which [samples] augment = false '
@@ -540,6 +552,19 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(
                 f'{source.name}: share is {source.share}, but {why} {stream!r}: leave it out'
             )
+
+
+def _check_number(table: str, key: str, value: Any) -> None:
+    """Refuse a number that its setting cannot be; other values pass."""
+    if type(value) not in (int, float):
+        return
+    limits, good = 'from 0', 0 <= value < math.inf
+    if key in ABOVE_ZERO:
+        limits, good = 'above 0', 0 < value < math.inf
+    elif key in SHARES:
+        limits, good = 'from 0 to 1', 0 <= value <= 1
+    if not good:
+        raise RecipeError(f'[{table}] {key} is {value}: give a number {limits}')
 
 
 def _check_source(source: Source, recipe: Recipe) -> None:

@@ -136,6 +136,16 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f'{HEAD}{TISSUE}[samples]\nwindow = [9, 9]', r'\[samples\] window is \[9, 9\]: give 3'),
         (f"{HEAD}{TISSUE}[training]\noptimiser = 'sgd'", "is 'sgd': choose adam or adamw"),
         (
+            f'{HEAD}{TISSUE}[training]\nsteadiness = -1',
+            r'\] steadiness is -1.*: give a number from 0$',
+        ),
+        (
+            f'{HEAD}{TISSUE}[training]\nrate = nan',
+            r'\[training\] rate is nan: give a number above 0$',
+        ),
+        (f'{HEAD}{TISSUE}[training]\nvalidate_every = 0', 'is 0: give a number above 0$'),
+        (f'{HEAD}{TISSUE}[samples]\nview_share = 1.5', 'is 1.5: give a number from 0 to 1$'),
+        (
             f'{HEAD}{TISSUE}[training]\nsteadiness = 1.0\n[samples]\naugment = false',
             'steadiness acquires a window twice',
         ),
