@@ -20,8 +20,9 @@ On the recipe's validation people, never on its test people:
   those whose two scans the app refuses to align. `held` says how many of the pairs lie within
   intervals that were fitted without their visit.
 
-Writes OUT/calibration.json, and the volumes of all acquisitions to OUT/acquisitions.json;
-`--write` also puts both results into the model's card.
+Writes OUT/calibration.json; `--write` also puts both results into the model's card. What is
+measured of the visits as they are, and of all acquisitions, goes line by line to OUT/known-*.jsonl
+and OUT/again-*.jsonl, named after the weights: a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -62,6 +63,10 @@ PAINTINGS = (0, 100, 200, 300)
 COIL, MOVED_COIL = 0.1, 0.02
 """SD of the logarithm of a painted head's coil, and of what changes where the head lies elsewhere:
 `benchmarks/visits.py` measures that on real visits."""
+TURNED_DEGREES, MOVED_MM, STRETCHED = 8.0, 8.0, 0.003
+"""How far a head lies from the middle of its places at most, about and along each axis, and by
+which share gradients stretch an axis at most. `benchmarks/visits.py` says how far two such places
+lie apart, and how far two visits do: a third of it, but for the stretch."""
 SLICE_MM = 4.0
 DRAWS = 3
 BORROWED = 4
@@ -78,7 +83,17 @@ def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
     own. Gradients are calibrated to a few tenths of a per cent, so each axis is stretched, too.
     """
     rng = np.random.default_rng((7, *seed))
-    angles, shift = np.deg2rad(rng.uniform(-8, 8, 3)), rng.uniform(-8, 8, 3)
+    move = draw_place(rng)
+    (first, *_) = scans.values()
+    middle = first.grid.affine @ [*(np.array(first.grid.shape) - 1) / 2, 1]
+    move[:3, 3] += middle[:3] - move[:3, :3] @ middle[:3]
+    return {modality: _acquired(scan, move, rng) for modality, scan in scans.items()}
+
+
+def draw_place(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return where a head lies (4, 4), mm: turned, stretched and moved."""
+    angles = np.deg2rad(rng.uniform(-TURNED_DEGREES, TURNED_DEGREES, 3))
+    shift = rng.uniform(-MOVED_MM, MOVED_MM, 3)
     move = np.eye(4)
     for axis, angle in enumerate(angles):
         i, j = (other for other in range(3) if other != axis)
@@ -86,11 +101,9 @@ def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
         turn[[i, j], [i, j]] = np.cos(angle)
         turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         move = move @ turn
-    move[:3, :3] *= rng.uniform(0.997, 1.003, 3)
-    (first, *_) = scans.values()
-    middle = first.grid.affine @ [*(np.array(first.grid.shape) - 1) / 2, 1]
-    move[:3, 3] = middle[:3] - move[:3, :3] @ middle[:3] + shift
-    return {modality: _acquired(scan, move, rng) for modality, scan in scans.items()}
+    move[:3, :3] *= rng.uniform(1 - STRETCHED, 1 + STRETCHED, 3)
+    move[:3, 3] = shift
+    return move
 
 
 def _acquired(scan: Volume, move: NDArray[np.float64], rng: np.random.Generator) -> Volume:
@@ -234,6 +247,30 @@ def measure(job: Job) -> dict[str, Any] | None:
     return result
 
 
+def measured(pool: Executor, jobs: Sequence[Job], path: Path) -> list[dict[str, Any] | None]:
+    """Return what :func:`measure` says of each job; those of which a file tells are not repeated.
+
+    Parameters
+    ----------
+    pool
+        Does several at once.
+    jobs
+        What to measure.
+    path
+        A line of JSON for each job, in order; those that are missing are added.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith('\n')]
+    with path.open('a') as file:
+        file.truncate(sum(len(line) for line in lines if line.endswith('\n')))
+        for result in pool.map(measure, jobs[len(found) :]):
+            file.write(json.dumps(result) + '\n')
+            file.flush()
+            found.append(result)
+            print(f'{path.name}: {len(found)} of {len(jobs)}', flush=True)
+    return found
+
+
 def segment(
     network: torch.nn.Module,
     card: ModelCard,
@@ -276,15 +313,15 @@ def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[
     return known, near & (known >= 0), lesion
 
 
-def _bins(p: NDArray[Any], right: NDArray[Any], count: int = 10) -> NDArray[np.float64]:
+def _bins(p: NDArray[Any], right: NDArray[Any], count: int = 10) -> list[list[float]]:
     """Return voxels, summed probability and hits of each bin of probability, `(3, count)`."""
     which = np.minimum((p * count).astype(int), count - 1)
-    return np.stack([np.bincount(which, weights, count) for weights in (None, p, right)])
+    return [np.bincount(which, weights, count).tolist() for weights in (None, p, right)]
 
 
-def _calibration_error(bins: NDArray[np.float64]) -> float:
+def _calibration_error(bins: Sequence[Sequence[float]]) -> float:
     """Return the mean over bins of the distance between how sure and how often right."""
-    voxels, sure, hits = bins
+    voxels, sure, hits = np.array(bins)
     return float(np.abs(sure - hits).sum() / voxels.sum()) if voxels.any() else float('nan')
 
 
@@ -367,7 +404,7 @@ def fit_temperature(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for what in kinds
         },
         'reliability diagram': {
-            what: _diagram(sum(one[best][what] for one in bins)) for what in kinds
+            what: _diagram(sum(np.array(one[best][what]) for one in bins)) for what in kinds
         },
     }
 
@@ -424,7 +461,10 @@ def main() -> None:
         for item in raw
         for visit in visits_of({'T1w': item.scan.t1w, 'FLAIR': item.scan.flair})
     ]
-    found = list(pool.map(measure, [(options.model, visit, None, 1.0) for visit in told]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    weights = f'{card.sha256[:8]}.jsonl'
+    jobs: list[Job] = [(options.model, visit, None, 1.0) for visit in told]
+    found = measured(pool, jobs, options.out / f'known-{weights}')
     known = [r for r in found if r]
     likeliest = fit_temperature(known)
     sound = [v for v, r in zip(told, found, strict=True) if r and r['verdict'] == 'pass']
@@ -435,7 +475,7 @@ def main() -> None:
         for number, visit in enumerate(visits)
         for draw in range(DRAWS)
     ]
-    again = list(pool.map(measure, jobs))
+    again = measured(pool, jobs, options.out / f'again-{weights}')
     pool.shutdown()
 
     record = (
@@ -443,8 +483,6 @@ def main() -> None:
         | likeliest
         | fit_repeatability(again)
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / 'acquisitions.json').write_text(json.dumps(again) + '\n')
     text = json.dumps(record, indent=2) + '\n'
     (options.out / 'calibration.json').write_text(text)
     print(text)

@@ -1,9 +1,13 @@
-"""How two visits of one person differ that were scanned alike: coil, contrast, noise.
+"""How two visits of one person differ that were scanned alike: place, coil, contrast, noise.
 
     python benchmarks/visits.py BIDS_DIR OUT_DIR
 
 `OUT_DIR` holds the app's results. For every person with two sessions and each kind of scan:
 
+- place: by how many degrees the head is turned in the second scan against the first, by how many
+  millimetres its middle is moved against that of the field of view, and by what share an affine
+  stretches an axis on its way to the other scan (root of the mean square over axes; the mean of
+  both ways). The same of pairs that `calibration.py` draws (root of the mean square);
 - coil: the logarithm of how bright white matter is in the second visit against the first, smoothed
   by a Gaussian of 20 mm; its standard deviation over the brain. The same is measured of pairs
   of `calibration.py`'s coils;
@@ -23,15 +27,75 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from calibration import MOVED_COIL, draw_coil
+import SimpleITK as sitk
+from calibration import MOVED_COIL, draw_coil, draw_place
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.linalg import polar
+from scipy.spatial.transform import Rotation
 
 from bids_jointseg import image
-from bids_jointseg.image import Grid, Volume
+from bids_jointseg.image import Grid, Volume, _sitk_image
 from bids_jointseg.quality import INDEX, noise_level
 
 SMOOTH_MM = 20.0
+PAIRS = 1000
+"""That are drawn."""
+
+
+def place(move: NDArray[Any], first: Grid, second: Grid, centre: NDArray[Any]) -> NDArray[Any]:
+    """Return where the head of one scan lies in the axes of another, about the middles (4, 4).
+
+    Parameters
+    ----------
+    move
+        (4, 4), RAS mm of the first -> RAS mm of the second.
+    first, second
+        Their grids.
+    centre
+        Of the head in the first, RAS mm (3,).
+    """
+    axes, middles = [], []
+    for grid in (first, second):
+        axes.append(grid.affine[:3, :3] / grid.spacing_mm)
+        middles.append((grid.affine @ (*(np.array(grid.shape) - 1) / 2, 1))[:3])
+    there = move[:3, :3] @ centre + move[:3, 3]
+    found = np.eye(4)
+    found[:3, :3] = axes[1].T @ move[:3, :3] @ axes[0]
+    found[:3, 3] = axes[1].T @ (there - middles[1]) - axes[0].T @ (centre - middles[0])
+    return found
+
+
+def how_far(places: NDArray[Any]) -> tuple[float, float]:
+    """Return degrees and millimetres of places (n, 4, 4), root of the mean square over them."""
+    turns = [Rotation.from_matrix(polar(matrix[:3, :3])[0]).magnitude() for matrix in places]
+    moves = np.linalg.norm(places[:, :3, 3], axis=1)
+    degrees, millimetres = (np.sqrt(np.mean(np.square(x))) for x in (np.rad2deg(turns), moves))
+    return float(degrees), float(millimetres)
+
+
+def stretches(first: Volume, second: Volume, move: NDArray[Any]) -> NDArray[Any]:
+    """Return by which factor an affine stretches each axis of the first scan (3,)."""
+    scans = [
+        Volume(np.clip(scan.data, 0, np.percentile(scan.data, 99.5)), scan.grid)
+        for scan in (first, second)
+    ]
+    affine = sitk.AffineTransform(3)
+    affine.SetMatrix(move[:3, :3].ravel().tolist())
+    affine.SetTranslation(move[:3, 3].tolist())
+    run = sitk.ImageRegistrationMethod()
+    run.SetMetricAsMattesMutualInformation(32)
+    run.SetMetricUseFixedImageGradientFilter(False)
+    run.SetMetricUseMovingImageGradientFilter(False)
+    run.SetMetricSamplingStrategy(run.REGULAR)
+    run.SetMetricSamplingPercentage(0.1, 1)
+    run.SetInterpolator(sitk.sitkLinear)
+    run.SetOptimizerAsGradientDescent(1.0, 200, 1e-6, 10, run.Never, 0.1)
+    run.SetOptimizerScalesFromPhysicalShift()
+    run.SetInitialTransform(affine, inPlace=True)
+    run.Execute(*(_sitk_image(scan) for scan in scans))
+    found = np.array(affine.GetMatrix()).reshape(3, 3)
+    return np.linalg.norm(found @ first.grid.affine[:3, :3] / first.grid.spacing_mm, axis=0)
 
 
 def spread(log_ratio: NDArray[Any], known: NDArray[Any], brain: NDArray[Any], grid: Grid) -> float:
@@ -61,7 +125,15 @@ def compare(one: tuple[Volume, Volume], other: tuple[Volume, Volume]) -> dict[st
     brain, inner = labels.data > 0, ndimage.binary_erosion(labels.data == INDEX['WM'])
     rng = np.random.default_rng(0)
     drawn = [np.log(draw_coil(grid.shape, MOVED_COIL, rng)) for _ in range(2)]
+    voxel = np.argwhere(brain).mean(axis=0)
+    centre = (grid.affine @ (*voxel, 1))[:3]
+    degrees, millimetres = how_far(place(move, grid, second.grid, centre)[None])
+    there_and_back = stretches(first, second, move), stretches(second, first, np.linalg.inv(move))
+    factors = np.sqrt(there_and_back[0] / there_and_back[1])
     return {
+        'turned, degrees': degrees,
+        'moved, mm': millimetres,
+        'stretched, %': 100 * float(np.sqrt(np.mean(np.log(factors) ** 2))),
         'coil, SD %': spread(ratio, white, brain, grid),
         'coils that are drawn, SD %': spread(drawn[1] - drawn[0], brain, brain, grid),
         'contrast, exponent': float(np.log(gray[1]) / np.log(gray[0])),
@@ -90,6 +162,15 @@ def main() -> None:
             for pair in pairwise(maps):
                 (first, one), (second, other) = (read(path, space, suffix) for path in pair)
                 found[f'{first} and {second}'] = compare(one, other)
+    rng = np.random.default_rng(0)
+    drawn = [np.linalg.inv(draw_place(rng)) @ draw_place(rng) for _ in range(PAIRS)]
+    degrees, millimetres = how_far(np.array(drawn))
+    stretch = [np.log(np.linalg.norm(matrix[:3, :3], axis=0)) for matrix in drawn]
+    found['places that are drawn'] = {
+        'turned, degrees': degrees,
+        'moved, mm': millimetres,
+        'stretched, %': 100 * float(np.sqrt(np.mean(np.square(stretch)))),
+    }
     for name, row in found.items():
         print(name, {key: round(value, 2) for key, value in row.items()})
     text = json.dumps(found, indent=2) + '\n'

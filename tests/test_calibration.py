@@ -103,3 +103,25 @@ def test_the_likeliest_temperature_is_chosen(calibration):
         {'probability': 0.7, 'right': 0.7, 'voxels': 50}
     ]
     json.dumps(found)
+
+
+def test_a_run_that_was_cut_off_goes_on(calibration, monkeypatch, tmp_path):
+    class Pool:
+        map = staticmethod(map)
+
+    asked = []
+
+    def measure(job):
+        asked.append(job)
+        return None if job == 2 else {'number': job}
+
+    monkeypatch.setattr(calibration, 'measure', measure)
+    path = tmp_path / 'again.jsonl'
+    whole = calibration.measured(Pool, range(4), path)
+    assert whole == [{'number': 0}, {'number': 1}, None, {'number': 3}]
+    text = path.read_text()
+    path.write_text(text[:-5])  # the power went while the last line was written
+    asked.clear()
+    assert calibration.measured(Pool, range(4), path) == whole
+    assert asked == [3]
+    assert path.read_text() == text
