@@ -22,7 +22,8 @@ On the recipe's validation people, never on its test people:
 
 Writes OUT/calibration.json; `--write` also puts both results into the model's card. What is
 measured of the visits as they are, and of all acquisitions, goes line by line to OUT/known-*.jsonl
-and OUT/again-*.jsonl, named after the weights: a run that was cut off goes on.
+and OUT/again-*.jsonl, named after the weights: a run that was cut off goes on. Other settings
+need another OUT.
 """
 
 from __future__ import annotations
@@ -260,9 +261,10 @@ def measured(pool: Executor, jobs: Sequence[Job], path: Path) -> list[dict[str, 
         A line of JSON for each job, in order; those that are missing are added.
     """
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    found = [json.loads(line) for line in lines if line.endswith('\n')]
+    lines = [line for line in lines if line.endswith('\n')]
+    found = [json.loads(line) for line in lines]
     with path.open('a') as file:
-        file.truncate(sum(len(line) for line in lines if line.endswith('\n')))
+        file.truncate(sum(map(len, lines)))
         for result in pool.map(measure, jobs[len(found) :]):
             file.write(json.dumps(result) + '\n')
             file.flush()

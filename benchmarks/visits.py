@@ -35,7 +35,7 @@ from scipy.linalg import polar
 from scipy.spatial.transform import Rotation
 
 from bids_jointseg import image
-from bids_jointseg.image import Grid, Volume, _sitk_image
+from bids_jointseg.image import Grid, Volume, _clamped, _middle, _mutual_information, _sitk_image
 from bids_jointseg.quality import INDEX, noise_level
 
 SMOOTH_MM = 20.0
@@ -58,7 +58,7 @@ def place(move: NDArray[Any], first: Grid, second: Grid, centre: NDArray[Any]) -
     axes, middles = [], []
     for grid in (first, second):
         axes.append(grid.affine[:3, :3] / grid.spacing_mm)
-        middles.append((grid.affine @ (*(np.array(grid.shape) - 1) / 2, 1))[:3])
+        middles.append(_middle(grid))
     there = move[:3, :3] @ centre + move[:3, 3]
     found = np.eye(4)
     found[:3, :3] = axes[1].T @ move[:3, :3] @ axes[0]
@@ -76,24 +76,14 @@ def how_far(places: NDArray[Any]) -> tuple[float, float]:
 
 def stretches(first: Volume, second: Volume, move: NDArray[Any]) -> NDArray[Any]:
     """Return by which factor an affine stretches each axis of the first scan (3,)."""
-    scans = [
-        Volume(np.clip(scan.data, 0, np.percentile(scan.data, 99.5)), scan.grid)
-        for scan in (first, second)
-    ]
     affine = sitk.AffineTransform(3)
     affine.SetMatrix(move[:3, :3].ravel().tolist())
     affine.SetTranslation(move[:3, 3].tolist())
-    run = sitk.ImageRegistrationMethod()
-    run.SetMetricAsMattesMutualInformation(32)
-    run.SetMetricUseFixedImageGradientFilter(False)
-    run.SetMetricUseMovingImageGradientFilter(False)
-    run.SetMetricSamplingStrategy(run.REGULAR)
-    run.SetMetricSamplingPercentage(0.1, 1)
-    run.SetInterpolator(sitk.sitkLinear)
+    run = _mutual_information(0.1, seed=0)
     run.SetOptimizerAsGradientDescent(1.0, 200, 1e-6, 10, run.Never, 0.1)
     run.SetOptimizerScalesFromPhysicalShift()
     run.SetInitialTransform(affine, inPlace=True)
-    run.Execute(*(_sitk_image(scan) for scan in scans))
+    run.Execute(*(_sitk_image(_clamped(scan)) for scan in (first, second)))
     found = np.array(affine.GetMatrix()).reshape(3, 3)
     return np.linalg.norm(found @ first.grid.affine[:3, :3] / first.grid.spacing_mm, axis=0)
 
