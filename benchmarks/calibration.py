@@ -64,10 +64,10 @@ PAINTINGS = (0, 100, 200, 300)
 COIL, MOVED_COIL = 0.1, 0.02
 """SD of the logarithm of a painted head's coil, and of what changes where the head lies elsewhere:
 `benchmarks/visits.py` measures that on real visits."""
-TURNED_DEGREES, MOVED_MM, STRETCHED = 8.0, 8.0, 0.003
+TURNED_DEGREES, MOVED_MM, STRETCHED = 3.0, 4.0, 0.003
 """How far a head lies from the middle of its places at most, about and along each axis, and by
 which share gradients stretch an axis at most. `benchmarks/visits.py` says how far two such places
-lie apart, and how far two visits do: a third of it, but for the stretch."""
+lie apart, and how far two visits do."""
 SLICE_MM = 4.0
 DRAWS = 3
 BORROWED = 4

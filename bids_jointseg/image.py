@@ -74,6 +74,10 @@ SPIKE = 1000
 NEGLIGIBLE = 1e-4
 """Probability that is taken for none: most classes then fill but a part of the head."""
 
+NEAR_MM = 5.0
+"""How far from the brain, along each axis, the network may suspect more of it: cortex that was
+left out lies at most so far away, and what is further away is face or neck."""
+
 _DEFLATE = 1032
 """Most bytes that one byte of a gzip file can stand for."""
 
@@ -1105,6 +1109,7 @@ def keep_brain(probabilities: NDArray[Any], grid: Grid) -> NDArray[Any]:
 
     The brain is the largest part that is left when the mask (background under one half) loses a
     rim of 2 voxels within the slices, which cuts thin bridges, grown back by 4 within the mask.
+    What is too faint for the mask is kept near it only: :data:`NEAR_MM`.
 
     Parameters
     ----------
@@ -1116,7 +1121,7 @@ def keep_brain(probabilities: NDArray[Any], grid: Grid) -> NDArray[Any]:
     Returns
     -------
     NDArray
-        Same shape; a copy where something was apart.
+        Same shape; a copy, if there is a brain.
     """
     mask = np.asarray(probabilities[0] < 0.5)
     plane = ndimage.generate_binary_structure(3, 1)
@@ -1129,12 +1134,13 @@ def keep_brain(probabilities: NDArray[Any], grid: Grid) -> NDArray[Any]:
         return probabilities
     largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     brain = ndimage.binary_dilation(largest, plane, iterations=4, mask=mask)
-    apart = mask & ~brain
-    if not apart.any():
-        return probabilities
+    near = brain
+    for axis, millimetres in enumerate(grid.spacing_mm):
+        near = ndimage.maximum_filter1d(near, 1 + 2 * round(NEAR_MM / millimetres), axis)
+    apart = ~brain & (mask | ~near)
     kept = probabilities.copy()
-    kept[:, apart] = 0
-    kept[0, apart] = 1
+    for channel, values in enumerate(kept):
+        np.copyto(values, channel == 0, where=apart)
     return kept
 
 

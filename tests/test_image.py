@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 
 from bids_jointseg import image
 from bids_jointseg.image import Grid, ImageError, Volume
@@ -728,18 +729,26 @@ def test_register_refuses_what_shows_no_head():
 
 @pytest.mark.parametrize('spacing', [(1.0, 1.0, 1.0), (1.0, 1.0, 3.0)])
 def test_what_lies_apart_from_the_brain_is_background(spacing):
-    """A ball is the brain; a smaller one hangs on it by a bridge two voxels thick."""
+    """A ball is the brain; a smaller one hangs on it by a bridge two voxels thick.
+
+    All around may be white matter, a bit: near the ball it stays so.
+    """
     axes = np.ogrid[:40, :60, :40]
     brain = sum((x - c) ** 2 for x, c in zip(axes, (20, 18, 20), strict=True)) < 14**2
     neck = sum((x - c) ** 2 for x, c in zip(axes, (20, 48, 20), strict=True)) < 9**2
     mask = brain | neck
     mask[19:21, 25:45, 19:21] = True
     probabilities = np.zeros((8, 40, 60, 40), np.float32)
-    probabilities[1], probabilities[0] = 0.8 * mask, 1 - 0.8 * mask
-    kept = image.keep_brain(probabilities, Grid(mask.shape, np.diag([*spacing, 1])))
-    assert (kept[1] > 0)[brain].mean() > 0.995
+    probabilities[1] = 0.1 + 0.7 * mask
+    probabilities[0] = 1 - probabilities[1]
+    grid = Grid(mask.shape, np.diag([*spacing, 1]))
+    kept = image.keep_brain(probabilities, grid)
+    assert (kept[1] > 0.5)[brain].mean() > 0.995
     assert not (kept[1] > 0)[neck].any()
     np.testing.assert_allclose(kept.sum(0), 1)
+    far = ndimage.distance_transform_edt(~brain, sampling=spacing)
+    faint = kept[1] == np.float32(0.1)
+    assert faint[(far > 0) & (far < 5) & ~mask].all()
+    assert not faint[far > np.sqrt(3) * 7].any()  # to the corner of a box, rounded to slices
     alone = np.where(brain, probabilities, np.eye(8, dtype=np.float32)[0][:, None, None, None])
-    grid = Grid(mask.shape, np.diag([*spacing, 1]))
     np.testing.assert_array_equal(image.keep_brain(alone, grid), alone)
