@@ -93,7 +93,10 @@ def test_the_likeliest_temperature_is_chosen(calibration):
             bins.append(of)
         return {'nll': list((temperatures - 0.8 - off) ** 2), 'bins': bins}
 
-    found = calibration.fit_temperature([visit(-0.2, 50), visit(0.2, 0)])
+    both = [visit(-0.2, 50), visit(0.2, 0)]
+    found = calibration.fit_temperature([], both)
+    # Where there are real visits, they decide, and painted ones tell of lesions.
+    assert calibration.fit_temperature(both, [visit(0.7, 50)]) == found
     assert found['temperature'] == 0.8
     assert found['negative log-likelihood'] == {'at 1': 0.08, 'calibrated': 0.04}
     # No lesion in the second visit, which then says nothing of them.
