@@ -8,17 +8,18 @@ On the recipe's validation people, never on its test people:
   likely, each scan counting once (Guo et al., ICML 2017), or those of painted heads if the recipe
   has no real ones, and the expected calibration error before and after: of the label of each voxel
   within the brain of these scans, and, in painted heads, of lesions within 8 mm of true ones;
-- the repeatability, of thin slices (1 mm) and thick ones, of a T1w, a FLAIR and both: the same
-  scans, the thin ones also cut into slices of 4 mm, and the raw ones of `openms`, which nobody
-  labelled and which are thick, are "acquired" three times, as other days would give them: in
-  another position, with another contrast, calibration and noise, and a coil that changes with the
-  position. Half of a volume's 95 % interval is `k` times the volume that the probabilities leave
-  in doubt, `k = t rms(dV / sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of
-  it, with Student's t for as many degrees of freedom as there are visits among them, since these
-  are few. Each kind of scans borrows four visits from the mean of all kinds. Visits and
-  acquisitions that quality control does not pass are left out: of these the app warns. So are
-  those whose two scans the app refuses to align. `held` says how many of the pairs lie within
-  intervals that were fitted without their visit.
+- the repeatability, of thin slices (1 mm) and thick ones, of a T1w, a FLAIR and both: the real
+  scans, also cut into slices of 4 mm, and the raw ones of `openms`, which nobody labelled and
+  which are thick, are "acquired" three times, as other days would give them: in another position,
+  with another contrast, calibration and noise, and a coil that changes with the position. Painted
+  heads stand in for the kinds of scans of which there is no real one. Half of a volume's 95 %
+  interval is `k` times the volume that the probabilities leave in doubt,
+  `k = t rms(dV / sqrt(d1^2 + d2^2))` over the pairs of acquisitions that show any of it, with
+  Student's t for as many degrees of freedom as there are visits among them, since these are few.
+  Each kind of scans borrows four visits from the mean of all kinds. Visits and acquisitions that
+  quality control does not pass are left out: of these the app warns. So are those whose two scans
+  the app refuses to align. `held` says how many of the pairs lie within intervals that were fitted
+  without their visit.
 
 Writes OUT/calibration.json; `--write` also puts both results into the model's card. What is
 measured of the visits as they are, and of all acquisitions, goes line by line to OUT/known-*.jsonl
@@ -59,7 +60,7 @@ from bids_jointseg.network import load_model
 from bids_jointseg.recipe import Source, read_recipe
 
 TEMPERATURES = np.round(np.arange(0.4, 2.45, 0.1), 1)
-PAINTINGS = (0, 100, 200)
+PAINTINGS = (0, 100, 200, 300)
 """Seeds: each validation head is painted so many times, as nothing but tissue and contrast."""
 COIL, MOVED_COIL = 0.1, 0.02
 """SD of the logarithm of a painted head's coil, and of what changes where the head lies elsewhere:
@@ -145,6 +146,12 @@ class Visit:
     case: Case | None = None
     painted: bool = False
     sliced: bool = False
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Modalities, and whether slices are thick: what an interval is fitted for."""
+        slices = [image.load_grid(path).slice_mm for path in self.images.values()]
+        return '+'.join(self.images), self.sliced or max(slices) >= image.THICK_MM
 
     def scans(self, seed: tuple[int, int] | None) -> dict[str, Volume]:
         """Return the scans as they are (painted ones acquired where they lie), or again."""
@@ -477,7 +484,10 @@ def main() -> None:
     likeliest = fit_temperature(*([r for r in part if r] for part in parts))
     sound = [v for v, r in zip(told, found, strict=True) if r and r['verdict'] == 'pass']
     print(f'{len(sound)} of {len(told)} visits pass quality control', flush=True)
-    visits = [*sound, *(replace(visit, sliced=True) for visit in sound), *clinical]
+    sound += [replace(visit, sliced=True) for visit in sound]
+    visits = [*(visit for visit in sound if not visit.painted), *clinical]
+    known = {visit.kind for visit in visits}
+    visits += [visit for visit in sound if visit.kind not in known]
     jobs = [
         (options.model, visit, (number, draw), likeliest['temperature'])
         for number, visit in enumerate(visits)
