@@ -148,10 +148,14 @@ class Visit:
     sliced: bool = False
 
     @property
-    def kind(self) -> tuple[str, bool]:
-        """Modalities, and whether slices are thick: what an interval is fitted for."""
-        slices = [image.load_grid(path).slice_mm for path in self.images.values()]
-        return '+'.join(self.images), self.sliced or max(slices) >= image.THICK_MM
+    def kind(self) -> str:
+        """What a card calls its scans."""
+        return acquisition(
+            {
+                name: SLICE_MM if self.sliced else image.load_grid(path).slice_mm
+                for name, path in self.images.items()
+            }
+        )
 
     def scans(self, seed: tuple[int, int] | None) -> dict[str, Volume]:
         """Return the scans as they are (painted ones acquired where they lie), or again."""
@@ -217,8 +221,8 @@ def measure(job: Job) -> dict[str, Any] | None:
         print(f'{", ".join(map(str, visit.images.values()))}, {seed}: {error}', flush=True)
         return None
     joint, agreement = segment(network, card, scans, between, temperature=temperature)
-    grids = {modality: scan.grid for modality, scan in scans.items()}
-    result: dict[str, Any] = {'acquisition': acquisition(grids)}
+    slices = {modality: scan.grid.slice_mm for modality, scan in scans.items()}
+    result: dict[str, Any] = {'acquisition': acquisition(slices)}
     labels = image.label_map(joint)
     result['doubt'] = image.doubt_mm3(joint, labels, reference.grid)
     result['verdict'], _ = quality.judge(

@@ -75,8 +75,8 @@ NEGLIGIBLE = 1e-4
 """Probability that is taken for none: most classes then fill but a part of the head."""
 
 NEAR_MM = 5.0
-"""How far from the brain, along each axis, the network may suspect more of it: cortex that was
-left out lies at most so far away, and what is further away is face or neck."""
+"""How far from the brain, along each axis, the network may suspect more of it: what it suspects
+further away is face or neck, but for 3 in 10 000 voxels at most of four painted scans."""
 
 _DEFLATE = 1032
 """Most bytes that one byte of a gzip file can stand for."""
@@ -1134,9 +1134,8 @@ def keep_brain(probabilities: NDArray[Any], grid: Grid) -> NDArray[Any]:
         return probabilities
     largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     brain = ndimage.binary_dilation(largest, plane, iterations=4, mask=mask)
-    near = brain
-    for axis, millimetres in enumerate(grid.spacing_mm):
-        near = ndimage.maximum_filter1d(near, 1 + 2 * round(NEAR_MM / millimetres), axis)
+    box = [1 + 2 * round(NEAR_MM / millimetres) for millimetres in grid.spacing_mm]
+    near = ndimage.maximum_filter(brain, box)
     apart = ~brain & (mask | ~near)
     kept = probabilities.copy()
     for channel, values in enumerate(kept):

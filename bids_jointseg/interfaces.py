@@ -574,7 +574,11 @@ class WriteDerivatives(SimpleInterface):
             *limitations(volumes),
         ]
         sizes = image.volumes_mm3(own, grid)
-        taken = {name: volumes[name].grid for name in volumes if name in inputs.modalities}
+        taken = {
+            name: volume.grid.slice_mm
+            for name, volume in volumes.items()
+            if name in inputs.modalities
+        }
         factors = inputs.repeatability.get(acquisition(taken), {})
         bids.write_tables(
             out_dir,
@@ -591,13 +595,13 @@ class WriteDerivatives(SimpleInterface):
         return runtime
 
 
-def acquisition(grids: Mapping[str, Grid]) -> str:
-    """Return what a card calls scans of these modalities and grids, such as 'T1w+FLAIR, thick'.
+def acquisition(slice_mm: Mapping[str, float]) -> str:
+    """Return what a card calls scans of these modalities and slices, such as 'T1w+FLAIR, thick'.
 
     One with thick slices makes the whole of them thick.
     """
-    thick = max(grid.slice_mm for grid in grids.values()) >= image.THICK_MM
-    return f'{"+".join(grids)}, {"thick" if thick else "thin"}'
+    thick = max(slice_mm.values()) >= image.THICK_MM
+    return f'{"+".join(slice_mm)}, {"thick" if thick else "thin"}'
 
 
 def intervals(

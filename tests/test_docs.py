@@ -497,7 +497,7 @@ def test_the_numbers_follow_from_the_formulas(results, model):
         assert float(row['percent_of_brain']) == pytest.approx(share, abs=1e-4)
     scans = results / 'bids' / 'sub-01' / 'anat'
     grids = {name: image.load_grid(scans / f'sub-01_{name}.nii.gz') for name in ('T1w', 'FLAIR')}
-    kind = interfaces.acquisition(grids)
+    kind = interfaces.acquisition({name: grid.slice_mm for name, grid in grids.items()})
     for name, k in read_card(model).repeatability[kind].items():
         inside, probability = y == int(rows[name]['index']), p[CLASSES.index(name)]
         doubt = voxel * ((1 - probability)[inside].sum() + probability[~inside].sum())

@@ -42,6 +42,17 @@ def cohort(server, tmp_path_factory):
     return make_small_cohort(server, tmp_path_factory.mktemp('faults'))
 
 
+@pytest.fixture(scope='module')
+def undisturbed(cohort):
+    """What a run writes that nothing disturbs, by whether its workers are forked from it."""
+    found = {}
+    for fork in (True, False):
+        code, said = cohort.run(f'undisturbed-{fork}', fork=fork)
+        assert code == 0, said
+        found[fork] = contents(cohort.out(f'undisturbed-{fork}'))
+    return found
+
+
 def check_visible(out: Path, undisturbed: dict[str, bytes]) -> None:
     """Assert that every visible file is complete: as it will be, or a page of what there is."""
     for name, content in contents(out).items():
@@ -143,13 +154,8 @@ def kill_along(cohort: Cohort, name: str, undisturbed: dict[str, bytes]) -> dict
 
 @pytest.mark.slow
 @pytest.mark.tries(KILLS + len(GROUP_KILLS))
-def test_kill_9_at_any_moment_loses_nothing(cohort):
+def test_kill_9_at_any_moment_loses_nothing(cohort, undisturbed):
     """Of the parent, of a worker, or of what starts the workers; the same command goes on."""
-    undisturbed = {}
-    for fork in (True, False):
-        code, said = cohort.run(f'undisturbed-{fork}', fork=fork)
-        assert code == 0, said
-        undisturbed[fork] = contents(cohort.out(f'undisturbed-{fork}'))
 
     def kill(name: str) -> dict[str, int]:
         return kill_along(cohort, name, undisturbed[name != 'default'])
@@ -177,16 +183,14 @@ def test_kill_9_at_any_moment_loses_nothing(cohort):
 
 
 @pytest.mark.slow
-def test_the_tracker_of_semaphores_is_killed(cohort):
+def test_the_tracker_of_semaphores_is_killed(cohort, undisturbed):
     """Python starts another, which wonders at names that it was not told of; results are whole."""
-    code, said = cohort.run('tracked', fork=False)
-    assert code == 0, said
     run = cohort.start('untracked', '-v', fork=False)
     assert reach(run, 5, fork=False)
     (tracker,) = filter(is_tracker, run.others())
     os.kill(tracker, signal.SIGKILL)
     assert run.wait() == 0, run.said()
-    assert contents(cohort.out('untracked')) == contents(cohort.out('tracked'))
+    assert contents(cohort.out('untracked')) == undisturbed[False]
     assert run.said().count('Traceback') == run.said().count("KeyError: '/mp-"), run.said()
 
 
