@@ -86,9 +86,8 @@ def scanned_again(scans: Mapping[str, Volume], *seed: int) -> dict[str, Volume]:
     """
     rng = np.random.default_rng((7, *seed))
     move = draw_place(rng)
-    (first, *_) = scans.values()
-    middle = first.grid.affine @ [*(np.array(first.grid.shape) - 1) / 2, 1]
-    move[:3, 3] += middle[:3] - move[:3, :3] @ middle[:3]
+    middle = next(iter(scans.values())).grid.middle
+    move[:3, 3] += middle - move[:3, :3] @ middle
     return {modality: _acquired(scan, move, rng) for modality, scan in scans.items()}
 
 

@@ -35,7 +35,7 @@ from scipy.linalg import polar
 from scipy.spatial.transform import Rotation
 
 from bids_jointseg import image
-from bids_jointseg.image import Grid, Volume, _clamped, _middle, _mutual_information, _sitk_image
+from bids_jointseg.image import Grid, Volume
 from bids_jointseg.quality import INDEX, noise_level
 
 SMOOTH_MM = 20.0
@@ -58,7 +58,7 @@ def place(move: NDArray[Any], first: Grid, second: Grid, centre: NDArray[Any]) -
     axes, middles = [], []
     for grid in (first, second):
         axes.append(grid.affine[:3, :3] / grid.spacing_mm)
-        middles.append(_middle(grid))
+        middles.append(grid.middle)
     there = move[:3, :3] @ centre + move[:3, 3]
     found = np.eye(4)
     found[:3, :3] = axes[1].T @ move[:3, :3] @ axes[0]
@@ -79,11 +79,11 @@ def stretches(first: Volume, second: Volume, move: NDArray[Any]) -> NDArray[Any]
     affine = sitk.AffineTransform(3)
     affine.SetMatrix(move[:3, :3].ravel().tolist())
     affine.SetTranslation(move[:3, 3].tolist())
-    run = _mutual_information(0.1, seed=0)
+    run = image.mutual_information(0.1, seed=0)
     run.SetOptimizerAsGradientDescent(1.0, 200, 1e-6, 10, run.Never, 0.1)
     run.SetOptimizerScalesFromPhysicalShift()
     run.SetInitialTransform(affine, inPlace=True)
-    run.Execute(*(_sitk_image(_clamped(scan)) for scan in (first, second)))
+    run.Execute(*(image.sitk_image(image.clamped(scan)) for scan in (first, second)))
     found = np.array(affine.GetMatrix()).reshape(3, 3)
     return np.linalg.norm(found @ first.grid.affine[:3, :3] / first.grid.spacing_mm, axis=0)
 

@@ -130,6 +130,11 @@ class Grid:
         """Distance of neighbouring slices, along the thick axis."""
         return float(self.spacing_mm[self.thick_axis])
 
+    @property
+    def middle(self) -> Matrix:
+        """(3,) middle of the field of view, RAS mm."""
+        return _apply(self.affine, (np.array(self.shape) - 1) / 2)
+
 
 def lies_on(labels: Grid, grids: Mapping[str, Grid]) -> str | None:
     """Return the name of the first grid on which a label map lies, voxel by voxel, or None."""
@@ -806,19 +811,19 @@ def register(fixed: Volume, moving: Volume, *, seed: int = 0) -> Matrix:
     centre = _centre_of_mass(fixed)
     shifts = (
         np.zeros(3),
-        _middle(moving.grid) - _middle(fixed.grid),
+        moving.grid.middle - fixed.grid.middle,
         _centre_of_mass(moving) - centre,
     )
     # Air tells nothing: all sampled voxels lie in or near the head.
-    fixed, moving = _clamped(_cropped(fixed, margin_mm=8.0)), _clamped(moving)
+    fixed, moving = clamped(_cropped(fixed, margin_mm=8.0)), clamped(moving)
     angles = itertools.product(np.deg2rad((-12.0, 0.0, 12.0)), repeat=3)
     starts = [(*turn, *shift) for turn in angles for shift in shifts]
 
     @functools.cache
     def images_of(millimetres: float) -> list[Any]:
-        return [_sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
+        return [sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
 
-    method = _mutual_information(1.0, seed=seed)
+    method = mutual_information(1.0, seed=seed)
     found = []
     for start in starts:
         method.SetInitialTransform(_euler(centre, start))
@@ -837,7 +842,7 @@ def register(fixed: Volume, moving: Volume, *, seed: int = 0) -> Matrix:
         found = []
         for start in starts:
             transform = _euler(centre, start)
-            method = _mutual_information(share, seed=seed)
+            method = mutual_information(share, seed=seed)
             # Twenty steps along a line, as others take, double the time and gain nothing.
             method.SetOptimizerAsPowell(
                 numberOfIterations=4, maximumLineIterations=8, stepLength=step
@@ -891,7 +896,16 @@ def _share(size: Sequence[int], samples: int) -> float:
     return 1.0 if step < 1.5 else 1 / (round(step) - 0.5)
 
 
-def _mutual_information(share: float, *, seed: int) -> Any:
+def mutual_information(share: float, *, seed: int) -> Any:
+    """Return SimpleITK's registration by mutual information, without an optimiser.
+
+    Parameters
+    ----------
+    share
+        Of the fixed image's voxels, that is sampled regularly.
+    seed
+        Of the samples.
+    """
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
     method.SetMetricUseFixedImageGradientFilter(False)
@@ -920,7 +934,7 @@ def _cropped(volume: Volume, margin_mm: float) -> Volume:
     return Volume(volume.data[tuple(map(slice, first, last + 1))], grid)
 
 
-def _clamped(volume: Volume) -> Volume:
+def clamped(volume: Volume) -> Volume:
     """Return the volume without its brightest spots, which would waste most of a histogram."""
     limit = np.percentile(volume.data, 99.5)
     return Volume(np.clip(volume.data, 0, limit), volume.grid)
@@ -933,7 +947,7 @@ def coarsened(volume: Volume, millimetres: float) -> Volume:
     return Volume(resample(volume, grid, threads=1), grid)
 
 
-def _sitk_image(volume: Volume) -> Any:
+def sitk_image(volume: Volume) -> Any:
     """Return a SimpleITK image whose physical space is RAS mm, with orthonormal directions."""
     grid = volume.grid
     spacing = grid.spacing_mm
@@ -943,12 +957,8 @@ def _sitk_image(volume: Volume) -> Any:
     image.SetSpacing(spacing.tolist())
     image.SetDirection(direction.ravel().tolist())
     middle = (np.array(grid.shape) - 1) / 2
-    image.SetOrigin((_middle(grid) - direction @ (spacing * middle)).tolist())
+    image.SetOrigin((grid.middle - direction @ (spacing * middle)).tolist())
     return image
-
-
-def _middle(grid: Grid) -> Matrix:
-    return _apply(grid.affine, (np.array(grid.shape) - 1) / 2)
 
 
 def _centre_of_mass(volume: Volume) -> Matrix:
