@@ -1,10 +1,8 @@
 """Style, types, and the direction of imports."""
 
-import re
 import shutil
 import subprocess
 import sysconfig
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,20 +21,6 @@ def run(tool, *arguments, cwd=ROOT):
 def test_style():
     run('ruff', 'check', '--no-cache', '.')
     run('ruff', 'format', '--check', '--no-cache', '.')
-
-
-def test_prose_is_no_wider_than_code():
-    """Tables and fenced blocks aside, which cannot be wrapped."""
-    limit = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['ruff']['line-length']
-    wide = []
-    for page in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')):
-        prose = re.sub(r'^( *)```.*\n(?:.*\n)*?\1```$', '', page.read_text('utf-8'), flags=re.M)
-        wide += [
-            f'{page.name}: {line}'
-            for line in prose.splitlines()
-            if len(line) > limit and not re.match(r'\s*\|| {4}', line)
-        ]
-    assert not wide, '\n'.join(wide)
 
 
 def test_types(tmp_path):

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -77,10 +78,12 @@ def read(path: Path) -> str:
     return path.read_text(encoding='utf-8')
 
 
+FENCE = re.compile(r'^( *)```(.*)\n((?:.*\n)*?)\1```$', re.MULTILINE)
+
+
 def fences(text: str) -> list[tuple[str, str]]:
     """Return language and content of every fenced block, in order."""
-    found = re.finditer(r'^( *)```(.*)\n((?:.*\n)*?)\1```$', text, re.MULTILINE)
-    return [(match[2], textwrap.dedent(match[3])) for match in found]
+    return [(match[2], textwrap.dedent(match[3])) for match in FENCE.finditer(text)]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -497,8 +500,11 @@ def test_the_numbers_follow_from_the_formulas(results, model):
         share = 100 * volumes[name] / sum(volumes.values())
         assert float(row['percent_of_brain']) == pytest.approx(share, abs=1e-4)
     scans = results / 'bids' / 'sub-01' / 'anat'
-    grids = {name: image.load_grid(scans / f'sub-01_{name}.nii.gz') for name in ('T1w', 'FLAIR')}
-    kind = interfaces.acquisition({name: grid.slice_mm for name, grid in grids.items()})
+    slices = {
+        name: image.load_grid(scans / f'sub-01_{name}.nii.gz').slice_mm
+        for name in ('T1w', 'FLAIR')
+    }
+    kind = interfaces.acquisition(slices)
     for name, k in read_card(model).repeatability[kind].items():
         inside, probability = y == int(rows[name]['index']), p[CLASSES.index(name)]
         doubt = voxel * ((1 - probability)[inside].sum() + probability[~inside].sum())
@@ -588,6 +594,18 @@ def test_the_command_line_is_that_of_the_parsers(site):
         options = set(re.findall(r'(?<![\w-])--[a-z][\w-]+', done.stdout))
         assert options, name
         assert options <= set(re.findall(r'--[a-z][\w-]+', re.sub('<[^>]+>', '', page))), name
+
+
+def test_prose_is_no_wider_than_code():
+    """Tables and fenced blocks aside, which cannot be wrapped."""
+    limit = tomllib.loads(read(ROOT / 'pyproject.toml'))['tool']['ruff']['line-length']
+    wide = [
+        f'{page.name}: {line}'
+        for page in (*ROOT.glob('*.md'), *DOCS.glob('*.md'))
+        for line in FENCE.sub('', read(page)).splitlines()
+        if len(line) > limit and not re.match(r'\s*\|| {4}', line)
+    ]
+    assert not wide, '\n'.join(wide)
 
 
 # --- recipes and rules --------------------------------------------------------------------------
