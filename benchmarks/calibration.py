@@ -239,7 +239,7 @@ def measure(job: Job) -> dict[str, Any] | None:
         return result
     # At other temperatures, this one being 1; the air around adds nothing at any.
     open_ = joint[0] < 0.99999
-    known, near, lesion = (array[open_] for array in _truth(visit.case, reference.grid))
+    known, near, lesion = (array[open_] for array in truth_of(visit.case, reference.grid))
     region = (known >= 0) & ((known > 0) | (joint[0][open_] < 0.99))
     flat = np.log(np.maximum(joint[:, open_], 1e-7))
     result['nll'], result['bins'] = [], []
@@ -311,7 +311,7 @@ def segment(
     return image.joint_probabilities(passes, reference.grid, to), min(agreed)
 
 
-def _truth(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def truth_of(case: Case, grid: Grid) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return the channel of each voxel (-1: not known), what lies near lesions, and lesions."""
     labels = image.load_labels(case.annotation)
     sets = PROTOCOLS[case.protocol].encode(labels.data.astype(np.int64))

@@ -104,11 +104,23 @@ def test_windows_cover_a_volume_and_blend():
     assert whole.shape == (8, 24, 20, 90)
     np.testing.assert_allclose(parts, whole, atol=2e-3)
     np.testing.assert_allclose(parts.sum(0), 1, atol=1e-4)
-    for size, width in ((10, 10), (90, 48), (200, 64)):
-        covered = np.zeros(size)
-        for start in _starts(size, width):
-            covered[start : start + width] += 1
-        assert covered.min() >= 1
+
+
+@pytest.mark.parametrize(
+    ('size', 'width'), [(10, 10), (11, 10), (90, 48), (149, 64), (150, 64), (200, 64)]
+)
+def test_every_voxel_is_seen_with_its_surroundings(size, width):
+    starts = _starts(size, width)
+    seen = np.zeros(size)
+    for start in starts:
+        inside = np.minimum(np.arange(width) + 1, width - np.arange(width))
+        inside[: width // 2] += size * (start == 0)
+        inside[width // 2 :] += size * (start + width >= size)
+        seen[start : start + width] = np.maximum(seen[start : start + width], inside[:size])
+    assert seen.min() >= width // 4
+    assert starts[0] == 0
+    assert starts[-1] == max(0, size - width)
+    assert len(starts) <= max(1, 2 * size / width)
 
 
 def test_a_model_file_gives_the_network_back(network, tmp_path):
