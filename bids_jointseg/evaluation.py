@@ -1045,7 +1045,7 @@ def _draw(
     images: Path | None,
 ) -> list[Path]:
     """Draw models side by side, where they differ from the reference, and volume agreement."""
-    from bids_jointseg import reports
+    from bids_jointseg import figures
 
     folder = out_dir / 'figures'
     slug = re.sub(r'[^A-Za-z0-9]+', '', dataset) or 'dataset'
@@ -1060,25 +1060,25 @@ def _draw(
             for name, item in case.predicted.items()
         }
         scan = _background(images, case.reference, grid, 'L' in truth.protocol.sets.values())
-        turned = {name: reports.upright(array, grid) for name, array in found.items()}
-        wanted, upright = reports.upright(sets, grid)
-        scan = None if scan is None else reports.upright(scan, grid)[0]
+        turned = {name: figures.upright(array, grid) for name, array in found.items()}
+        wanted, upright = figures.upright(sets, grid)
+        scan = None if scan is None else figures.upright(scan, grid)[0]
         lesions = truth.protocol.tells_lesions and not truth.protocol.tells_tissue
         axis = upright.thick_axis
         index = _best_slice(wanted, axis, lesions)
         shared, dice = _mean_dice([row for row in rows if row['scan'] == case.name])
-        panels = [reports.Panel(_DRAWN[wanted])]
+        panels = [figures.Panel(_DRAWN[wanted])]
         panels += [
-            reports.Panel(
+            figures.Panel(
                 _DRAWN[turned[name][0]], words=f'mean Dice {dice[name]:.1f}' if shared else ''
             )
             if name in turned
-            else reports.Panel(words='no result')
+            else figures.Panel(words='no result')
             for name in columns
         ]
-        bare = [] if scan is None else [reports.Panel()]
+        bare = [] if scan is None else [figures.Panel()]
         title = f'{case.name}   {rank}'.strip()
-        strips.append(reports.Strip(title, upright, axis, index, scan, [*bare, *panels]))
+        strips.append(figures.Strip(title, upright, axis, index, scan, [*bare, *panels]))
         over |= dict.fromkeys(shared)
         if case is not shown[len(shown) // 2][1]:
             continue
@@ -1087,17 +1087,17 @@ def _draw(
             silent = _unsaid(columns[name].protocol)
             differs &= (wanted & np.uint8(bits(ALL - silent))) != 0
             where = _thickest(differs)
-            two = [reports.Panel(_DRAWN[wanted]), reports.Panel(_DRAWN[array])]
-            last = reports.Panel(_DRAWN[wanted] if scan is None else None, marked=differs)
+            two = [figures.Panel(_DRAWN[wanted]), figures.Panel(_DRAWN[array])]
+            last = figures.Panel(_DRAWN[wanted] if scan is None else None, marked=differs)
             title = f'{case.name}, {name}'
-            differing.append(reports.Strip(title, upright, 0, where, scan, [*bare, *two, last]))
+            differing.append(figures.Strip(title, upright, 0, where, scan, [*bare, *two, last]))
     image = ['Image'] if strips and len(strips[0].panels) > len(columns) + 1 else []
     drawn = [
-        reports.draw_comparison(
+        figures.draw_comparison(
             folder / f'{slug}_models.png', [*image, 'Reference', *columns], strips,
             text=f'{dataset}{"; Dice: mean over " * bool(over)}{", ".join(over)}. ',
         ),
-        reports.draw_comparison(
+        figures.draw_comparison(
             folder / f'{slug}_differences.png',
             [*image, f'Reference ({truth.protocol.name})', 'Model', 'Where they differ'],
             differing,
@@ -1115,7 +1115,7 @@ def _draw(
             if name == region
         }
         path = folder / f'{slug}_agreement_{region.replace("+", "-")}.png'
-        drawn.append(reports.draw_agreement(path, f'{dataset}: {_title(region)}', volumes))
+        drawn.append(figures.draw_agreement(path, f'{dataset}: {_title(region)}', volumes))
     return drawn
 
 

@@ -36,7 +36,7 @@ from nipype.interfaces.base import (
 )
 from nipype.utils.filemanip import hash_infile
 
-from bids_jointseg import bids, image, lesions, quality, reports, standard
+from bids_jointseg import bids, figures, image, lesions, quality, standard
 from bids_jointseg.card import ModelError, read_card
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import CLASSES, LABELS
@@ -659,7 +659,7 @@ class _FiguresOutput(TraitedSpec):
 
 
 class DrawFigures(SimpleInterface):
-    """Draw the figures of one scan (:func:`.reports.draw_scan`)."""
+    """Draw the figures of one scan (:func:`.figures.draw_scan`)."""
 
     input_spec = _FiguresInput
     output_spec = _FiguresOutput
@@ -676,7 +676,7 @@ class DrawFigures(SimpleInterface):
             after = _between(inputs.transform)['T1w', 'FLAIR']
             arrays['flair_on_t1w'] = image.resample(flair, grid, after, threads=1)
             arrays['flair_on_t1w_before'] = image.resample(flair, grid, threads=1)
-        written = reports.draw_scan(
+        written = figures.draw_scan(
             Path(inputs.folder),
             inputs.stem,
             t1w=volumes.get('T1w'),
@@ -797,12 +797,12 @@ class WriteStandard(SimpleInterface):
         }
         bids.write_json(path.with_suffix('.json'), record)
         moved = pull(volume.data)
-        figures = out_dir / f'sub-{scan.subject}' / 'figures'
+        folder = out_dir / f'sub-{scan.subject}' / 'figures'
         template_figure, figure = (
-            figures / f'{scan.stem}_{bids.in_space(inputs.space, f"desc-{what}_T1w")}.png'
+            folder / f'{scan.stem}_{bids.in_space(inputs.space, f"desc-{what}_T1w")}.png'
             for what in ('template', 'standard')
         )
-        reports.draw_standard((template_figure, figure), template, Volume(moved, grid), labels)
+        figures.draw_standard((template_figure, figure), template, Volume(moved, grid), labels)
         write('label-L_mask', (labels == LESION).astype(np.uint8))
         if inputs.level == 'full':
             write('desc-brain_mask', (labels > 0).astype(np.uint8))

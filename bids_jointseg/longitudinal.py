@@ -47,7 +47,7 @@ from scipy import ndimage, sparse
 from scipy.linalg import sqrtm
 from scipy.spatial import cKDTree
 
-from bids_jointseg import __version__, bids, image, reports
+from bids_jointseg import __version__, bids, figures, image
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import LABELS
 
@@ -156,7 +156,7 @@ LESION_COLUMNS = {
     'lesion': {'Description': 'Number of the lesion, the changed ones first'},
     'change': {
         'Description': 'What became of the lesion',
-        'Levels': {name: words for name, (_, words) in reports.CHANGES.items()},
+        'Levels': {name: words for name, (_, words) in figures.CHANGES.items()},
     },
     'before_mm3': {'Description': 'Volume in the earlier session', 'Units': 'mm^3'},
     'after_mm3': {'Description': 'Volume in this session', 'Units': 'mm^3'},
@@ -350,7 +350,7 @@ def midway_grid(
     to_later = np.asarray(np.linalg.inv(to_earlier), np.float64)
     axes, spacings, corners = [], [], []
     for grid, brain, there in ((earlier, brains[0], to_earlier), (later, brains[1], to_later)):
-        mask, upright = reports.upright(brain, grid)
+        mask, upright = figures.upright(brain, grid)
         affine = np.linalg.inv(there) @ upright.affine
         spacings.append(upright.spacing_mm)
         axes.append(affine[:3, :3] / upright.spacing_mm)
@@ -508,7 +508,7 @@ def compare_lesions(
                 'after_lesions': ' '.join(map(str, after)) or 'n/a',
             }
         )
-    order = list(reports.CHANGES)
+    order = list(figures.CHANGES)
     rows.sort(
         key=lambda row: (order.index(row['change']), -max(row['before_mm3'], row['after_mm3']))
     )
@@ -844,7 +844,7 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
     inputs: dict[str, str] = {}
     for visit in (later, *earlier):
         inputs |= _hashes(visit, out_dir, bids_dir)
-    figures = [
+    drawn = [
         out_dir
         / later.summary.relative_to(out_dir).parts[0]
         / 'figures'
@@ -853,20 +853,20 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
     ]
     paths = [later.file(suffix) for suffix in OUTPUTS]
     made_by = {'version': __version__, 'rules': RULES, 'inputs': inputs}
-    if all(path.is_file() for path in (*paths, *figures)):
+    if all(path.is_file() for path in (*paths, *drawn)):
         try:
             known = json.loads(paths[-1].read_text(encoding='utf-8'))
         except ValueError:
             known = {}
         if isinstance(known, dict) and {key: known.get(key) for key in made_by} == made_by:
-            return [*paths, *figures]
+            return [*paths, *drawn]
     paths[-1].unlink(missing_ok=True)  # what is there now is about to be replaced
 
     volumes: list[dict[str, Any]] = []
     lesions: list[dict[str, Any]] = []
     comparisons = []
     after, scan = later.segmentation(), image.load_scan(later.scan)
-    for visit, figure in zip(earlier, figures, strict=True):
+    for visit, figure in zip(earlier, drawn, strict=True):
         before, other = visit.segmentation(), image.load_scan(visit.scan)
         matrix, apart = align(other, scan, (before.brain, after.brain))
         unlike = _unlike(visit, later, bids_dir)
@@ -901,7 +901,7 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
                 'later': _uri(later.file('seg-jointseg_dseg.nii.gz'), out_dir),
                 'figure': figure.name,
                 'lesions': {
-                    name: sum(row['change'] == name for row in rows) for name in reports.CHANGES
+                    name: sum(row['change'] == name for row in rows) for name in figures.CHANGES
                 },
                 'evidence': ', '.join(
                     name
@@ -931,7 +931,7 @@ def _compare(out_dir: Path, bids_dir: Path, earlier: Sequence[Visit], later: Vis
         if name == 'longitudinal':
             record |= {'comparisons': comparisons, **made_by}
         bids.write_json(later.file(f'desc-{name}_morph.json'), record)
-    return [*paths, *figures]
+    return [*paths, *drawn]
 
 
 def _files(visits: Sequence[Visit]) -> list[Path]:
@@ -1007,7 +1007,7 @@ def _draw(
     grid, *ways = midway_grid(
         before.grid, after.grid, later_to_earlier, (before.brain, after.brain)
     )
-    scans, marked = [], {name: np.zeros(grid.shape, np.float32) for name in reports.CHANGES}
+    scans, marked = [], {name: np.zeros(grid.shape, np.float32) for name in figures.CHANGES}
     brain = np.zeros(grid.shape, bool)
     for number, (visit, own, way) in enumerate(zip(visits, found, ways, strict=True)):
         scan = image.load_scan(visit.shown)
@@ -1036,11 +1036,11 @@ def _draw(
         for row in sorted(changed, key=lambda row: -abs(row['change_mm3']))
     ]
     counts = Counter(row['change'] for row in rows)
-    reports.draw_changes(
+    figures.draw_changes(
         path,
         [(f'ses-{visit.session}', scan) for visit, scan in zip(visits, scans, strict=True)],
         brain,
         marked,
-        {name: counts[name] for name in reports.CHANGES},
+        {name: counts[name] for name in figures.CHANGES},
         places,
     )

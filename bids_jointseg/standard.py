@@ -36,7 +36,7 @@ import SimpleITK as sitk
 from scipy import ndimage, optimize, sparse
 from threadpoolctl import threadpool_limits
 
-from bids_jointseg import bids, image, metrics, reports
+from bids_jointseg import bids, figures, image, metrics
 from bids_jointseg.config import NATIVE_SPACES
 from bids_jointseg.files import replacing, write_bytes
 from bids_jointseg.image import Grid, ImageError, Volume
@@ -860,7 +860,7 @@ def _lesion_map(out_dir: Path, space: str, people: dict[str, list[Path]]) -> lis
     }
     description |= {k: record[k] for k in ('SpatialReference', 'Resolution') if k in record}
     stem = path.name.removesuffix('.nii.gz')
-    picture = reports.draw_frequency(
+    picture = figures.draw_frequency(
         Volume(shown / np.float32(len(sources)), grid), frequency, people=persons
     )
     return [

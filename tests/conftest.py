@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ['OMP_NUM_THREADS'] = '1'
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from runs import Server
+
+    from bids_jointseg.image import Grid, Volume
 
 SHIFT_MM = np.array([4.0, 2.0, -3.0])
 """Of the head, from the T1w of sub-01 to its FLAIR."""
@@ -68,6 +70,41 @@ def draw_head(
     data[np.linalg.norm(points - (30, 20, 20), axis=-1) < 9] = levels[suffix][-1]
     data += np.abs(np.random.default_rng(seed).normal(0, 15, shape))
     return nib.Nifti1Image(data.astype(np.int16), affine)
+
+
+def grid_of(shape: tuple[int, ...], spacing: tuple[float, ...] = (4, 4, 4)) -> Grid:
+    """Return an upright grid (RAS) whose middle is the origin."""
+    from bids_jointseg.image import Grid
+
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -np.array(shape) * spacing / 2
+    return Grid(tuple(shape), affine)
+
+
+def labelled_head(
+    shape: tuple[int, ...] = (40, 48, 36), spacing: tuple[float, ...] = (4, 4, 4)
+) -> tuple[Volume, np.ndarray]:
+    """Return a T1w and its labels, RAS: an ellipsoid with a lesion at left, front and top."""
+    from bids_jointseg.image import Volume
+
+    grid = grid_of(shape, spacing)
+    x, y, z = np.meshgrid(
+        *(np.arange(n) * s - n * s / 2 for n, s in zip(shape, spacing, strict=True)), indexing='ij'
+    )
+    radius = np.sqrt((x / 62) ** 2 + (y / 76) ** 2 + (z / 54) ** 2)
+    labels = np.zeros(shape, np.uint8)
+    labels[radius < 1] = 8
+    labels[radius < 0.8] = 2
+    labels[radius < 0.3] = 9
+    labels[(radius < 1) & (z < -25) & (y < 0)] = 11
+    labels[(radius < 1) & (z < -20) & (np.abs(x) < 12) & (np.abs(y) < 12)] = 10
+    labels[(np.abs(np.abs(x) - 14) < 6) & (np.abs(y) < 24) & (np.abs(z) < 10)] = 12
+    labels[(np.abs(x + 30) < 7) & (np.abs(y - 30) < 7) & (np.abs(z - 20) < 7)] = 7
+    means = np.zeros(13, np.float32)
+    means[[2, 7, 8, 9, 10, 11, 12]] = 100, 60, 70, 85, 90, 75, 20
+    noise = np.random.default_rng(0).normal(0, 2, shape)
+    data = np.where(labels, means[labels] + noise, np.where(radius < 1.2, 40, 0))
+    return Volume(data.astype(np.float32), grid), labels
 
 
 def put(image: nib.Nifti1Image, path: Path) -> Path:
@@ -147,6 +184,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved = save_model(build(architecture), card, tmp_path_factory.mktemp('model'))
     assert saved.path is not None
     return saved.path
+
+
+@pytest.fixture(scope='session')
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Path]]:
+    """All figures of a T1w with a FLAIR."""
+    from bids_jointseg import figures
+
+    t1w, labels = labelled_head()
+    flair, flair_labels = labelled_head((54, 64, 24), (3, 3, 6))
+    entropy = np.where(np.gradient(labels.astype(float))[0] != 0, 0.33, 0)
+    arguments = {
+        't1w': t1w,
+        'flair': flair,
+        't1w_labels': labels,
+        'flair_labels': flair_labels,
+        'flair_on_t1w': 130 - t1w.data,
+        'flair_on_t1w_before': np.roll(130 - t1w.data, 3, 1),
+        'entropy': entropy,
+    }
+    out = tmp_path_factory.mktemp('pair')
+    return arguments, figures.draw_scan(out, 'sub-01', **arguments)
 
 
 @pytest.fixture(scope='session')

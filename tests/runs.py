@@ -176,9 +176,9 @@ class Cohort:
 
 def draw_small() -> None:
     """Draw small figures, for they take most of the time here."""
-    from bids_jointseg import reports
+    from bids_jointseg import figures
 
-    reports.WIDTH = 300
+    figures.WIDTH = 300
 
 
 SMALL: dict[str, Any] = {'shape': (24, 28, 24), 'spacing_mm': (8.0, 8.0, 8.0)}

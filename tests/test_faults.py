@@ -459,7 +459,7 @@ def test_a_clock_that_jumps(pair, calm, when):
 
 PLACES = (
     *('image.load_scan', 'image.resample', 'image.label_map', 'inference.predict'),
-    *('lesions.measure_lesions', 'quality.measure', 'reports.draw_scan', 'reports.subject_report'),
+    *('lesions.measure_lesions', 'quality.measure', 'figures.draw_scan', 'reports.subject_report'),
     *('bids.plan', 'bids.create_dataset'),
 )
 
