@@ -1,8 +1,8 @@
 """From normalised images to probabilities: arrays in, arrays out.
 
 A network whose normalisation depends on what it sees is used on windows of the size that it was
-trained on, others on as many slices as memory allows. Windows overlap, and their answers are
-blended by weights that fall off linearly towards a window's border.
+trained on, others on as many slices as memory allows. Windows overlap by half or more, and their
+answers are blended by weights that fall off linearly towards a window's border.
 """
 
 from __future__ import annotations
