@@ -485,13 +485,13 @@ def fail_at(place: str, kind: str) -> None:
 def test_memory_that_runs_out(pair, calm, place, kind):
     name = f'memory-{place}-{kind}'
     code, said = pair.run(name, before=((fail_at, [place, kind]),))
-    expected = {'reports.draw_scan': 3, 'reports.subject_report': 3}
+    expected = {'figures.draw_scan': 3, 'reports.subject_report': 3}
     expected |= {'bids.plan': 70, 'bids.create_dataset': 70}
     check_answer(code, said, expected.get(place, 1))
     assert re.search('memory', said, re.I)
     if code == 1:
         assert said.count('give more memory, a smaller --nprocs, or --fast') == 2
-    if place in ('image.label_map', 'reports.draw_scan', 'bids.create_dataset'):  # one of a kind
+    if place in ('image.label_map', 'figures.draw_scan', 'bids.create_dataset'):  # one of a kind
         goes_on(pair, name, calm)
 
 

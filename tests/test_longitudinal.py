@@ -13,7 +13,7 @@ from conftest import describe_dataset
 from PIL import Image
 from scipy import ndimage
 
-from bids_jointseg import bids, cli, longitudinal, reports
+from bids_jointseg import bids, cli, figures, longitudinal, reports
 from bids_jointseg.config import Settings
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.longitudinal import Segmentation, compare_lesions, compare_volumes
@@ -360,7 +360,7 @@ def add_session(root, session, lesions=LESIONS, *, low_high=True, flair=True, **
     voxel = float(grid.spacing_mm.prod())
     volumes = {
         label.abbreviation: float((labels == label.index).sum()) * voxel
-        for label in reports.CLASSES
+        for label in figures.CLASSES
     }
     widths = {name: (0.97 * v, 1.03 * v) if low_high else None for name, v in volumes.items()}
     brain = sum(volumes.values())
@@ -380,7 +380,7 @@ def add_session(root, session, lesions=LESIONS, *, low_high=True, flair=True, **
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(reports, 'WIDTH', 600)
+    monkeypatch.setattr(figures, 'WIDTH', 600)
 
 
 @pytest.fixture(scope='module')
@@ -434,10 +434,10 @@ def test_a_person_with_change(compared, person):
 
 def test_the_figure_shows_both_scans_and_what_changed(compared):
     picture = Image.open(compared['sub-01_ses-2_desc-longitudinal_FLAIR.png'])
-    assert picture.width == reports.WIDTH
+    assert picture.width == figures.WIDTH
     pixels = np.asarray(picture.convert('RGB')).astype(int)[:-56]
     for change in ('new', 'resolved', 'stable'):
-        color = reports.CHANGES[change][0]
+        color = figures.CHANGES[change][0]
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(axis=-1) < 40).any(), change
 
