@@ -23,9 +23,10 @@ from torch.nn import Module
 
 from bids_jointseg import image
 from bids_jointseg.card import ModelCard, read_card
-from bids_jointseg.image import Volume
+from bids_jointseg.image import Grid
 from bids_jointseg.inference import combine, predict
 from bids_jointseg.labels import CLASSES, TISSUES
+from bids_jointseg.metrics import dice_of
 from bids_jointseg.network import load_model
 from bids_jointseg.recipe import read_recipe
 
@@ -34,24 +35,15 @@ CHANNELS = [CLASSES.index(name) for name in TISSUES]
 
 
 def segmented(
-    network: Module, card: ModelCard, scan: Volume, below: int
-) -> tuple[NDArray[np.intp], int]:
-    """Return the channels of a T1w under which lie slices of air, and how many slices there are.
-
-    Both are without the air.
-    """
-    between = image.transforms(np.eye(4))
-    ((look, (images, grid)),) = image.to_model_grids(
-        {'T1w': scan}, between, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
-    ).items()
-    seen = image.normalise(images['T1w'])
-    seen = np.pad(seen, ((0, 0), (0, 0), (below, 0)), constant_values=float(seen.min()))
-    members = predict(
-        network, {'T1w': seen}, window=card.window, mirror=grid.lateral_axis, device='cpu'
-    )
+    network: Module, card: ModelCard, seen: NDArray[np.float32], grid: Grid, to: Grid, below: int
+) -> NDArray[np.intp]:
+    """Return the channels of a normalised T1w on another grid, seen with slices of air below."""
+    air = ((0, 0), (0, 0), (below, 0))
+    images = {'T1w': np.pad(seen, air, constant_values=float(seen.min()))}
+    members = predict(network, images, window=card.window, mirror=grid.lateral_axis, device='cpu')
     p = image.keep_brain(combine([one[..., below:] for one in members], card.temperature), grid)
-    joint = image.joint_probabilities({look: (p, grid)}, scan.grid, {look: np.eye(4)})
-    return joint.argmax(axis=0), grid.shape[2]
+    joint = image.joint_probabilities({'T1w': (p, grid)}, to, {'T1w': np.eye(4)})
+    return joint.argmax(axis=0)
 
 
 def main() -> None:
@@ -70,21 +62,26 @@ def main() -> None:
     for name, case in cases.items():
         scan = image.load_scan(case.images['T1w'])
         known, *_ = truth_of(case, scan.grid)
-        true = count(known)
+        ((images, grid),) = image.to_model_grids(
+            {'T1w': scan},
+            image.transforms(np.eye(4)),
+            in_plane_mm=card.in_plane_mm,
+            slice_mm=card.slice_mm,
+        ).values()
+        seen = image.normalise(images['T1w'])
         places = []
         for below in SLICES:
-            found, slices = segmented(network, card, scan, below)
-            volumes = count(found)
-            overlap = count(np.where(found == known, found, 0))
+            found = segmented(network, card, seen, grid, scan.grid, below)
+            volumes, slices = count(found), grid.shape[2] + below
             places.append(
                 {
-                    'slices': slices + below,
-                    'difference': (100 * (volumes / true - 1)).tolist(),
-                    'dice': (200 * overlap / (volumes + true)).tolist(),
+                    'slices': slices,
+                    'difference': (100 * (volumes / count(known) - 1)).tolist(),
+                    'dice': [dice_of(found == c, known == c) for c in CHANNELS],
                     'volume': volumes.tolist(),
                 }
             )
-            print(row(name, slices + below, places[-1]['difference']), flush=True)
+            print(row(name, slices, places[-1]['difference']), flush=True)
         people.append(places)
     volume, overlap = (
         np.array([[place[what] for place in places] for places in people])

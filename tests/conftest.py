@@ -187,7 +187,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Path]]:
+def drawn_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Path]]:
     """All figures of a T1w with a FLAIR."""
     from bids_jointseg import figures
 

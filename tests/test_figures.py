@@ -47,8 +47,8 @@ def small(monkeypatch):
     monkeypatch.setattr(figures, 'WIDTH', 400)  # the same pictures, faster
 
 
-def test_a_pair_gets_every_figure(pair):
-    _, paths = pair
+def test_a_pair_gets_every_figure(drawn_pair):
+    _, paths = drawn_pair
     expected = [
         f'sub-01_desc-{what}_{suffix}.png'
         for what, suffix in figures.FIGURES
@@ -60,8 +60,8 @@ def test_a_pair_gets_every_figure(pair):
         assert Image.open(path).width == 1200
 
 
-def test_pictures_that_are_flipped_have_one_size_and_one_background(pair):
-    _, paths = pair
+def test_pictures_that_are_flipped_have_one_size_and_one_background(drawn_pair):
+    _, paths = drawn_pair
     by_name = {path.name.split('_desc-')[1]: pixels(path) for path in paths}
     for names in (
         ('scan_T1w.png', 'contours_T1w.png'),
@@ -75,8 +75,8 @@ def test_pictures_that_are_flipped_have_one_size_and_one_background(pair):
     assert len(shapes) == 1
 
 
-def test_equal_input_gives_equal_bytes(small, pair, tmp_path):
-    arguments, _ = pair
+def test_equal_input_gives_equal_bytes(small, drawn_pair, tmp_path):
+    arguments, _ = drawn_pair
     first, second = (
         [path.read_bytes() for path in figures.draw_scan(tmp_path / name, 'sub-01', **arguments)]
         for name in 'ab'
@@ -216,8 +216,8 @@ def test_a_lesion_of_one_voxel_is_drawn(tmp_path):
     assert orange(tmp_path / 'one_desc-closeup_FLAIR.png').sum() >= 20
 
 
-def test_the_legend_has_the_colours_of_the_label_table(pair):
-    _, paths = pair
+def test_the_legend_has_the_colours_of_the_label_table(drawn_pair):
+    _, paths = drawn_pair
     path = next(path for path in paths if path.name.endswith('desc-labels_T1w.png'))
     legend = pixels(path)[-60:].reshape(-1, 3)
     for label in LABELS[1:]:

@@ -119,9 +119,9 @@ PROVENANCE = {
 
 
 @pytest.fixture
-def results(pair, tmp_path):
+def results(drawn_pair, tmp_path):
     """A participant with a paired scan in one session and a scan without figures in another."""
-    _, paths = pair
+    _, paths = drawn_pair
     flags = ['FLAIR & T1w: <script>alert("moved")</script>', 'no <contrast>']
     anat = write_scan(tmp_path, 'sub-01_ses-1', lesions=range(400, 150, -10), flags=flags)
     write_scan(tmp_path, 'sub-01_ses-2_run-1')
