@@ -53,9 +53,10 @@ from bids_jointseg.augment import smooth_field
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.image import Grid, Volume
-from bids_jointseg.inference import combine, consensus, predict
+from bids_jointseg.inference import combine, consensus
 from bids_jointseg.interfaces import acquisition
 from bids_jointseg.labels import CLASSES, PROTOCOLS, bits
+from bids_jointseg.locator import predict_brain
 from bids_jointseg.network import load_model
 from bids_jointseg.recipe import Source, read_recipe
 
@@ -297,15 +298,16 @@ def segment(
     for look, (images, grid) in image.to_model_grids(
         scans, between, in_plane_mm=card.in_plane_mm, slice_mm=card.slice_mm
     ).items():
-        members = predict(
+        members, part = predict_brain(
             network,
             {modality: image.normalise(data) for modality, data in images.items()},
+            grid,
             window=card.window,
-            mirror=grid.lateral_axis if mirror else None,
+            mirror=mirror,
             device='cpu',
         )
         agreed.append(consensus(members))
-        passes[look] = (image.keep_brain(combine(members, temperature), grid), grid)
+        passes[look] = (image.keep_brain(combine(members, temperature), part), part)
     first, reference = next(iter(scans.items()))
     to = {look: between[first, look] for look in passes}
     return image.joint_probabilities(passes, reference.grid, to), min(agreed)

@@ -158,14 +158,17 @@ class Intensity:
     scale: float
 
 
-def draw_intensity(rng: np.random.Generator) -> Intensity:
-    """Draw coil bias, gamma, noise, voxel size on each axis, and the error of normalisation."""
+def draw_intensity(rng: np.random.Generator, coil: float = 0.18) -> Intensity:
+    """Draw coil bias, gamma, noise, voxel size on each axis, and the error of normalisation.
+
+    `coil` is the largest standard deviation of the logarithm of its sensitivity.
+    """
     thickness = np.array([rng.uniform(0, 0.45), rng.uniform(0, 0.45), rng.uniform(0, 0.45)])
     if rng.random() < 0.35:
         # Thick slices that somebody resampled: half of their distance as a Gaussian, in voxels.
         thickness[rng.choice(3, p=[0.15, 0.15, 0.7])] = rng.uniform(0.6, 2.0)
     return Intensity(
-        bias=rng.uniform(0, 0.18) if rng.random() < 0.7 else 0.0,
+        bias=rng.uniform(0, coil) if rng.random() < 0.7 else 0.0,
         gamma=float(np.exp(rng.uniform(-0.25, 0.25))) if rng.random() < 0.5 else 1.0,
         noise=rng.uniform(0, 0.06) if rng.random() < 0.85 else rng.uniform(0.06, 0.12),
         thickness=(float(thickness[0]), float(thickness[1]), float(thickness[2])),

@@ -135,6 +135,14 @@ class Grid:
         """(3,) middle of the field of view, RAS mm."""
         return _apply(self.affine, (np.array(self.shape) - 1) / 2)
 
+    def part(self, box: tuple[slice, slice, slice]) -> Grid:
+        """Return the grid of a part of an array that lies on this one."""
+        spans = [span.indices(size) for span, size in zip(box, self.shape, strict=True)]
+        affine = self.affine.copy()
+        affine[:3, 3] = _apply(self.affine, np.array([first for first, *_ in spans]))
+        x, y, z = (len(range(*span)) for span in spans)
+        return Grid((x, y, z), affine)
+
 
 def lies_on(labels: Grid, grids: Mapping[str, Grid]) -> str | None:
     """Return the name of the first grid on which a label map lies, voxel by voxel, or None."""

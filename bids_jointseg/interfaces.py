@@ -303,6 +303,7 @@ class _SegmentInput(BaseInterfaceInputSpec):
     passes = InputMultiObject(File(), mandatory=True)
     model = traits.Str(mandatory=True, nohash=True, desc="the model's card")
     sha256 = traits.Str(mandatory=True, desc='of the weights: they decide, not where they lie')
+    locator = traits.Str(mandatory=True, desc='SHA-256 of what says where the brain is')
     bias = traits.Dict({}, usedefault=True, desc='of the card')
     temperature = traits.Float(1.0, usedefault=True, desc='of the card')
     fast = traits.Bool(False, usedefault=True, desc='without the mirror images')
@@ -317,13 +318,14 @@ class _SegmentOutput(_PassesOutput):
 
 
 class Segment(SimpleInterface):
-    """Run the network on every pass (:func:`.inference.predict`)."""
+    """Run the network on the brain in every pass (:func:`.locator.predict_brain`)."""
 
     input_spec = _SegmentInput
     output_spec = _SegmentOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from bids_jointseg.inference import agreement, combine, consensus, predict
+        from bids_jointseg.inference import agreement, combine, consensus
+        from bids_jointseg.locator import predict_brain
         from bids_jointseg.network import load_model
 
         inputs = self.inputs
@@ -333,12 +335,12 @@ class Segment(SimpleInterface):
         for path in inputs.passes:
             images = _load(path)
             affine = images.pop('affine')
-            grid = Grid(next(iter(images.values())).shape, affine)
-            members = predict(
+            members, grid = predict_brain(
                 network,
                 images,
+                Grid(next(iter(images.values())).shape, affine),
                 window=card.window,
-                mirror=None if inputs.fast else grid.lateral_axis,
+                mirror=not inputs.fast,
                 device=inputs.device,
                 threads=inputs.threads,
             )
@@ -347,7 +349,7 @@ class Segment(SimpleInterface):
             votes = agreement(members, 'L').astype(np.float16)
             agreed.append(consensus(members))
             passes.append(
-                _save(Path(path).stem, affine=affine, probabilities=half, agreement=votes)
+                _save(Path(path).stem, affine=grid.affine, probabilities=half, agreement=votes)
             )
         self._results['consensus'] = min(agreed)
         self._results['passes'] = passes

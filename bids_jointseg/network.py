@@ -160,7 +160,8 @@ class Convolution(nn.Conv3d):
             if kind == torch.float32 and not mixed:
                 small = len(x) == 1 and x[..., 0].numel() <= LARGE_PLANES
                 if small and same and torch.is_grad_enabled():
-                    return cast(Tensor, _Small.apply(x, self.weight))
+                    convolved = cast(Callable[[Tensor, Tensor], Tensor], _Small.apply)
+                    return convolved(x, self.weight)
                 return torch.mkldnn_convolution(
                     x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups
                 )

@@ -441,9 +441,10 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
         if other in medians
     }
     other = 'CGM' if name == 'T1w' else 'VEN'
-    if other in medians:
-        contrast = abs(medians['WM'] - medians[other])
-        found['contrast_to_noise'] = contrast / max(noise_level(volume, white), 1e-6)
+    noise = noise_level(volume, white)
+    # There is none where rounding to whole numbers, or a filter, has taken it.
+    if other in medians and noise > 0:
+        found['contrast_to_noise'] = abs(medians['WM'] - medians[other]) / noise
     values, air = _air(volume)
     if air.sum() > 1000:
         # Medians: where fat is saturated, scalp is dark, and some lies as far off as air.

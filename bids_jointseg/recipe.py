@@ -223,7 +223,8 @@ class SampleSettings:
     window
         Voxels, slices last.
     thin_window, thin_share
-        The same for slices of 1 mm, and how often these are made of an isotropic scan.
+        The same for slices as thin as voxels are wide, and how often these are made of an
+        isotropic scan.
     augment
         Bend, turn and degrade what is sampled. Without, windows are cut out as they are.
     intact_share
@@ -239,6 +240,8 @@ class SampleSettings:
         How often a painted head loses its skull, a skull-stripped one gets another's.
     view_share
         How often a scan ends within the window.
+    coil
+        Largest standard deviation of the logarithm of a coil's sensitivity.
     contrast_spread
         How far the contrasts of painted scans stray: 0 is one scanner with one protocol.
     contrast_steps
@@ -263,6 +266,7 @@ class SampleSettings:
     strip_share: float = 0.4
     borrow_share: float = 0.4
     view_share: float = 0.15
+    coil: float = 0.18
     contrast_spread: float = 1.0
     contrast_steps: int = 0
     coarse_steps: int = 0
@@ -391,6 +395,11 @@ class Recipe:
         parts = ['test'] * sizes[0] + ['validation'] * sizes[1]
         parts += ['train'] * (len(people) - len(parts))
         return dict(zip(shuffled, parts, strict=True))
+
+
+def are_cubes(in_plane_mm: float, slice_mm: tuple[float, float]) -> bool:
+    """Return whether slices are as thick as voxels are wide, nearly, whatever the scan."""
+    return in_plane_mm < 1.5 * slice_mm[0] and slice_mm[1] < 1.5 * in_plane_mm
 
 
 def tuples(value: Any) -> Any:
@@ -580,8 +589,12 @@ def _check_source(source: Source, recipe: Recipe) -> None:
         raise RecipeError(
             f'{name}: scans are painted from the protocols {" and ".join(PAINTABLE)} alone'
         )
-    if source.painted and recipe.in_plane_mm != 1:
-        raise RecipeError(f'{name}: scans are painted at 1 mm: set in_plane_mm = 1.0')
+    fine = recipe.in_plane_mm == 1 or are_cubes(recipe.in_plane_mm, recipe.slice_mm)
+    if source.painted and not fine:
+        raise RecipeError(
+            f'{name}: thick slices are painted at 1 mm: set in_plane_mm = 1.0, or slice_mm as '
+            'large as in_plane_mm'
+        )
     both = sorted(set(source.validation) & set(source.test))
     if both:
         raise RecipeError(f'{name}: {", ".join(both)} in validation and in test')

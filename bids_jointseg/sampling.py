@@ -20,7 +20,7 @@ from bids_jointseg import augment, synth
 from bids_jointseg.cache import Person, painted_person
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import ALL, CLASSES, INDICES, bits, tells_tissue
-from bids_jointseg.recipe import SampleSettings, Source
+from bids_jointseg.recipe import SampleSettings, Source, are_cubes
 
 LESION = bits({'L'})
 BACKGROUND = bits({'BG'})
@@ -124,8 +124,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
         Lesion masks from :func:`read_mask`.
     settings
         See there.
-    slice_mm
-        Slice distances that the model is for.
+    in_plane_mm, slice_mm
+        Voxel size within a slice, and slice distances, that the model is for.
     again
         Whether each sample is acquired twice.
     seed, batch, length
@@ -140,6 +140,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         heads: Sequence[Person] = (),
         masks: Sequence[Tensor] = (),
         settings: SampleSettings,
+        in_plane_mm: float = 1.0,
         slice_mm: tuple[float, float] = (1.0, 6.0),
         again: bool = False,
         seed: int,
@@ -148,7 +149,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
     ) -> None:
         self.cohorts = tuple(cohort for cohort in cohorts if cohort.people)
         self.heads, self.masks = tuple(heads), tuple(masks)
-        self.settings, self.slice_mm, self.again = settings, slice_mm, again
+        self.settings, self.again = settings, again
+        self.in_plane_mm, self.slice_mm = in_plane_mm, slice_mm
         self.seed, self.batch, self.length = seed, batch, length
 
     def __len__(self) -> int:
@@ -165,6 +167,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
         if not self.settings.augment and person.kinds is None:
             return self._cut(person, plan, rng)
         s = self.settings
+        # Of a window's voxels in those of the person: what is painted lies on a grid of 1 mm.
+        spread = round(self.in_plane_mm / person.spacing_mm[0], 2) * (2 if coarse else 1)
         intact = bool(person.images) and rng.random() < s.intact_share
         # Slices of a scan that has thick ones are kept; of an isotropic one they are made, with
         # up to three points across a slice to show its partial volume.
@@ -196,7 +200,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
             # box of the cerebrum ends above the cerebellum.
             under = 0.0 if person.kinds is None else 40 / person.spacing_mm[2]
             size = np.array((*plan.window[:2], plan.window[2] * count), dtype=float)
-            size = size * (2 if coarse else 1)
+            size = size * spread
             half = np.empty(3)
             half[list(augment.AXES[slicing] if person.isotropic else (0, 1, 2))] = size / 2
             ends = np.sort([low - [0, 0, under] - MARGIN + half, high + MARGIN - half], axis=0)
@@ -209,8 +213,8 @@ class Windows(torch.utils.data.Dataset[Sample]):
             geometry = augment.within_slices(
                 augment.draw_geometry(rng, fine, 'axial', centre, 1.0, upright=intact)
             )
-        if coarse:
-            geometry = augment.coarser(geometry, 2, slices=person.isotropic)
+        if spread != 1:
+            geometry = augment.coarser(geometry, spread, slices=person.isotropic)
         points = augment.coordinates(geometry, generator)
         if not person.isotropic:
             # A bend stays within the slices, too: none is left out, and none is there twice.
@@ -251,13 +255,15 @@ class Windows(torch.utils.data.Dataset[Sample]):
         if coarse:
             return _Plan(cohort, people, names, 1, s.coarse_window)
         lowest, highest = (max(1, round(mm)) for mm in self.slice_mm)
-        thin = highest < 2 or (lowest < 2 and rng.random() < s.thin_share)
+        cubes = are_cubes(self.in_plane_mm, self.slice_mm)
+        thin = cubes or (lowest < 2 and rng.random() < s.thin_share)
         if thin:
             return _Plan(cohort, people, names, 1, s.thin_window if s.augment else s.window)
-        count = int(rng.integers(max(2, lowest), highest + 1))
+        millimetres = int(rng.integers(max(2, lowest), highest + 1))
         # The thicker the slices, the fewer cover a head.
-        depth = min(s.window[2], max(16, 8 * round(130 / 8 / count))) if s.augment else s.window[2]
-        return _Plan(cohort, people, names, count, (*s.window[:2], depth))
+        most = max(16, 8 * round(130 / 8 / millimetres)) if s.augment else s.window[2]
+        window = (*s.window[:2], min(s.window[2], most))
+        return _Plan(cohort, people, names, max(1, round(millimetres / self.in_plane_mm)), window)
 
     def _cut(self, person: Person, plan: _Plan, rng: np.random.Generator) -> Sample:
         """Return a window of a scan as it is; what lies outside of the scan is air."""
@@ -437,7 +443,7 @@ class Windows(torch.utils.data.Dataset[Sample]):
         images, views, scanners = {}, [], {}
         for modality in modalities:
             scan = scans.get(modality)
-            drawn = augment.draw_intensity(rng)
+            drawn = augment.draw_intensity(rng, self.settings.coil)
             if intact and (scan is not None or not scans):
                 drawn = augment.undisturbed(drawn)
             if kinds is None:

@@ -853,6 +853,7 @@ def train_recipe(
             heads=heads,
             masks=data.masks[part],
             settings=eased,
+            in_plane_mm=recipe.in_plane_mm,
             slice_mm=recipe.slice_mm,
             again=part == 'train' and settings.steadiness > 0,
             seed=settings.seed + number,

@@ -32,6 +32,7 @@ from bids_jointseg import (
     inference,
     interfaces,
     lesions,
+    locator,
     quality,
     recipe,
 )
@@ -513,7 +514,7 @@ def test_the_numbers_follow_from_the_formulas(results, model):
         assert low == pytest.approx(max(0, volumes[name] - k * doubt), rel=0.02, abs=1)
 
 
-NAMED = (image, inference, interfaces, lesions)
+NAMED = (image, inference, interfaces, lesions, locator)
 
 
 def test_the_functions_that_are_named_are_there():

@@ -88,6 +88,15 @@ def test_a_scalp_as_dark_as_where_fat_is_saturated_is_no_air(truth):
     assert (verdict, reasons) == ('pass', '')
 
 
+def test_a_scan_without_noise_has_no_contrast_to_noise(truth):
+    """Rounded to few levels, as some programs write scans, most neighbours are equal."""
+    smooth = scan('T1w', truth, 1e-4)
+    rounded = Volume(np.round(smooth.data / 100) * 100, smooth.grid)
+    verdict, _, measures = judged({'T1w': rounded}, truth[0])
+    assert verdict == 'pass'
+    assert 'contrast_to_noise_T1w' not in measures
+
+
 @pytest.mark.parametrize(('noise', 'verdict'), [(0.08, 'check'), (0.25, 'fail')])
 def test_noise_is_seen(truth, noise, verdict):
     found, reasons, _ = judged({'T1w': scan('T1w', truth, noise)}, truth[0])

@@ -117,9 +117,9 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
             'painted from the protocols freesurfer and neuromorphometrics alone',
         ),
         (
-            f"in_plane_mm = 2.0\n{HEAD}{SOURCE}annotation = '.'\nprotocol = 'freesurfer'\n"
-            "painted = ['T1w']",
-            'painted at 1 mm',
+            f"in_plane_mm = 2.0\nslice_mm = [2.0, 4.0]\n{HEAD}{SOURCE}annotation = '.'\n"
+            "protocol = 'freesurfer'\npainted = ['T1w']",
+            'thick slices are painted at 1 mm',
         ),
         (f"{HEAD}{TISSUE}suffix = 'T1w'", "suffix is 'T1w': choose dseg or mask"),
         (f"{HEAD}{TISSUE}test = ['1']\nvalidation = ['sub-1']", '1 in validation and in test'),

@@ -749,3 +749,16 @@ def test_the_first_samples_are_coarse(tmp_path, monkeypatch):
             assert steps[-1] == pytest.approx(2 * steps[-2], rel=0.15)  # each is bent otherwise
         else:
             assert torch.equal(sample.target, fine.target)
+
+
+def test_a_model_of_large_voxels_learns_from_painted_heads(head):
+    """They lie on a grid of 1 mm; a window of voxels four times as long shows all of a head."""
+    _, person = head
+    source = replace(FULL, name='heads', modalities=(), painted=('T1w',), protocol='freesurfer')
+    settings = replace(BENT, thin_window=(48, 64, 64), outside_share=0.0, strip_share=0.0)
+    large = {'in_plane_mm': 4.0, 'slice_mm': (4.0, 4.0)}
+    sample = windows(person, source=source, settings=settings, **large)[0]
+    assert sample.images['T1w'].shape == (1, 48, 64, 64)
+    brain = float((sample.target[[g != {'BG'} for g in sample.groups]]).sum())
+    whole = float((person.sets != BACKGROUND).sum()) / 4**3
+    assert brain == pytest.approx(whole, rel=0.5)

@@ -23,6 +23,7 @@ from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg import __version__, bids
+from bids_jointseg.card import read_card
 from bids_jointseg.config import SettingsError
 from bids_jointseg.image import ImageError, load_grid
 from bids_jointseg.interfaces import (
@@ -530,6 +531,7 @@ def add_segmentation(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
+            locator=read_card('locator').sha256,
             bias=dict(card.bias),
             temperature=card.temperature,
             fast=fast,
@@ -700,14 +702,19 @@ BIDS App [@bids; @bidsapps] built on *Nipype* [@nipype], after @jointseg, with t
 `{card.name}` {card.version} (SHA-256 `{card.sha256}`, licence {card.licence}) in *PyTorch* \
 [@pytorch]. Scans were resampled to the grid of the network along their own slices, and their \
 intensities scaled to zero mean and unit variance over the head{landmarks}. The network takes any \
-subset of modalities, the features of which are averaged [@hemis]. Volumes are those of the \
-labels; lesions were counted as 26-connected groups of voxels."""
+subset of modalities, the features of which are averaged [@hemis]. It was shown the brain and \
+what is near it, as found by a smaller network that learned from synthetic heads alone, after \
+@synthstrip (`{locator.name}` {locator.version}, SHA-256 `{locator.sha256}`). Volumes are those \
+of the labels; lesions were counted as 26-connected groups of voxels."""
 
 
 def _introduce(card: ModelCard) -> str:
     """Return what the description says of all scans."""
     landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
-    return _INTRODUCTION.format(version=__version__, card=card, landmarks=landmarks)
+    locator = read_card('locator')
+    return _INTRODUCTION.format(
+        version=__version__, card=card, landmarks=landmarks, locator=locator
+    )
 
 
 def _describe_spaces(spaces: Sequence[StandardSpace]) -> str:

@@ -1,0 +1,155 @@
+"""Where the brain is: a first look at the whole head, in voxels of 4 mm.
+
+A model looks closely at part of a head at a time, where a muscle of the neck may look like a
+cerebellum. The locator, a small network in the package that has seen nothing but whole heads,
+says where to look. What is far from the brain that it finds is background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import numpy as np
+from nibabel.orientations import io_orientation
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import nn
+
+from bids_jointseg.card import ModelCard, read_card
+from bids_jointseg.image import Grid, Volume, keep_brain, resample
+from bids_jointseg.inference import combine, predict
+from bids_jointseg.network import load_model
+
+SUSPECTED = 0.2
+"""Probability from which a voxel of the locator may be brain."""
+NEAR = 2
+"""Voxels around these in which a model may find brain."""
+SHOWN = 3
+"""The same, of what a model is shown."""
+LEAST_ML = 200.0
+"""A smaller brain is none: the whole scan is looked at."""
+
+
+@cache
+def _locator() -> tuple[nn.Module, ModelCard]:
+    card = read_card('locator')
+    return load_model(card), card
+
+
+def predict_brain(
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    grid: Grid,
+    *,
+    window: Sequence[int] | None = None,
+    mirror: bool = True,
+    device: str = 'auto',
+    threads: int | None = None,
+) -> tuple[list[NDArray[np.float32]], Grid]:
+    """Return what a network makes of the brain in some images, as each member sees it.
+
+    Parameters
+    ----------
+    network, window, device, threads
+        See :func:`.inference.predict`.
+    images
+        Modality -> normalised image `(X, Y, Z)` of the head.
+    grid
+        Theirs.
+    mirror
+        Whether there is a second member, which sees the mirror images.
+
+    Returns
+    -------
+    tuple[list[NDArray[np.float32]], Grid]
+        `(C, X', Y', Z')` of each member, on a part of the grid, outside of which all is
+        background; so it is far from the brain within the part.
+    """
+    part, near = find_brain(images, grid, device=device, threads=threads)
+    members = predict(
+        network,
+        {name: image[part] for name, image in images.items()},
+        window=window,
+        mirror=grid.lateral_axis if mirror else None,
+        device=device,
+        threads=threads,
+    )
+    for member in members:
+        for channel, values in enumerate(member):
+            np.copyto(values, channel == 0, where=~near)
+    return members, grid.part(part)
+
+
+def find_brain(
+    images: Mapping[str, NDArray[np.float32]],
+    grid: Grid,
+    *,
+    device: str = 'auto',
+    threads: int | None = None,
+) -> tuple[tuple[slice, slice, slice], NDArray[np.bool_]]:
+    """Return which part of some images to look at, and where in it there may be brain.
+
+    Parameters
+    ----------
+    images
+        Modality -> normalised image `(X, Y, Z)` of the head.
+    grid
+        Theirs.
+    device, threads
+        See :func:`.inference.predict`.
+
+    Returns
+    -------
+    tuple[tuple[slice, slice, slice], NDArray[np.bool_]]
+        The part, and a mask of its shape. Of images that show no brain it is the whole of them.
+    """
+    network, card = _locator()
+    assert card.window is not None  # noqa: S101
+    cubes = head_grid(grid, card.in_plane_mm, card.window)
+    seen = {}
+    for name, image in images.items():
+        air = image.min()
+        seen[name] = resample(Volume(image - air, grid), cubes, threads=threads) + air
+    members = predict(network, seen, window=card.window, mirror=0, device=device, threads=threads)
+    brain = keep_brain(combine(members), cubes)[0] < 1 - SUSPECTED
+    if brain.sum() * card.in_plane_mm**3 < 1000 * LEAST_ML:
+        x, y, z = (slice(0, size) for size in grid.shape)
+        return (x, y, z), np.ones(grid.shape, bool)
+    near, shown = (
+        resample(
+            Volume(ndimage.binary_dilation(brain, iterations=count).astype(np.float32), cubes),
+            grid,
+            threads=threads,
+        )
+        > 0.5
+        for count in (NEAR, SHOWN)
+    )
+    ((x, y, z),) = ndimage.find_objects(shown.view(np.uint8))
+    return (x, y, z), near[x, y, z]
+
+
+def head_grid(grid: Grid, millimetres: float, window: tuple[int, int, int]) -> Grid:
+    """Return cubes over the head whose axes point right, anterior and superior, nearly.
+
+    Parameters
+    ----------
+    grid
+        Of images of the head, in any order of its axes.
+    millimetres
+        Size of a cube.
+    window
+        How many there are, at least. No more of them lie one above the other: they begin at the
+        top, and leave out the neck.
+    """
+    orientation = io_orientation(grid.affine)
+    order = np.argsort(orientation[:, 0])
+    directions = grid.affine[:3, :3] / grid.spacing_mm * orientation[:, 1]
+    size = (np.array(grid.shape) * grid.spacing_mm)[order]
+    shape = np.maximum(window, np.ceil(size / millimetres).astype(int))
+    shape[2] = window[2]
+    affine = np.eye(4)
+    affine[:3, :3] = directions[:, order] * millimetres
+    centre = grid.middle + directions[:, order[2]] * (size[2] - shape[2] * millimetres) / 2
+    affine[:3, 3] = centre - affine[:3, :3] @ ((shape - 1) / 2)
+    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)

@@ -1,0 +1,121 @@
+"""Where the brain is: found in a whole head, whatever its axes; elsewhere is background."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from bids_jointseg import image
+from bids_jointseg.card import read_card
+from bids_jointseg.image import Grid, Volume
+from bids_jointseg.labels import CLASSES
+from bids_jointseg.locator import find_brain, head_grid, predict_brain
+from bids_jointseg.recipe import read_recipe, tuples
+
+MM = 3.0
+
+
+@pytest.fixture(scope='module')
+def head() -> tuple[np.ndarray, np.ndarray, Grid]:
+    """A T1w with a brain, a skull, a scalp and a neck as bright as the brain; the brain; RAS."""
+    from nilearn.datasets import load_mni152_template
+
+    template = load_mni152_template(resolution=1)
+    brain = Volume(
+        np.asarray(template.dataobj, np.float32),
+        Grid(template.shape, np.asarray(template.affine)),
+    )
+    grid = Grid(
+        (66, 80, 92),
+        np.array([[MM, 0, 0, -98], [0, MM, 0, -136], [0, 0, MM, -176.0], [0, 0, 0, 1]]),
+    )
+    data = image.resample(brain, grid)
+    data /= data.max()
+    inside = ndimage.binary_fill_holes(data > 0.1)
+    far = ndimage.distance_transform_edt(~inside, sampling=grid.spacing_mm)
+    x, y, z = np.moveaxis(np.indices(grid.shape), 0, -1).reshape(-1, 3).T.reshape(3, *grid.shape)
+    x, y, z = (grid.affine[i, i] * v + grid.affine[i, 3] for i, v in enumerate((x, y, z)))
+    draw = np.random.default_rng(0)
+    muscle = 0.55 + 0.1 * ndimage.gaussian_filter(draw.normal(size=grid.shape), 1) * 5
+    data = np.where(far > 4, 0.1, np.where(inside, data, 0.25))
+    data = np.where(far > 9, 0.9, data)
+    outside = far > 15
+    data[outside] = 0
+    neck = ((x / 62) ** 2 + ((y + 30) / 70) ** 2 < 1) & (z < -50) & (far > 9)
+    data = np.where(neck, muscle, data)
+    return (data + 0.02 * draw.normal(size=grid.shape)).astype(np.float32).clip(0), inside, grid
+
+
+def test_the_packaged_locator_is_of_its_recipe():
+    card, recipe = read_card('locator'), read_recipe('locator')
+    assert card.licence == recipe.licence == 'CC BY 4.0'
+    assert tuples(card.architecture) == recipe.architecture
+    assert (card.in_plane_mm, card.slice_mm) == (recipe.in_plane_mm, recipe.slice_mm)
+    assert card.window == recipe.window
+    for source in recipe.datasets:
+        assert not {*card.training['people'][source.name]} & {*source.test, *source.validation}
+
+
+@pytest.mark.parametrize('axes', ['RAS', 'LIA', 'SRA'])
+def test_the_brain_is_found_and_the_neck_left_out(head, axes):
+    data, inside, grid = head
+    import nibabel as nib
+
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes)
+    )
+    data, inside = (nib.orientations.apply_orientation(x, turn) for x in (data, inside))
+    affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
+    grid = Grid(data.shape, affine)
+    part, near = find_brain({'T1w': image.normalise(data)}, grid, device='cpu')
+    assert near.shape == grid.part(part).shape
+    found = np.zeros(data.shape, bool)
+    found[part] = near
+    assert found[inside].mean() > 0.99
+    far = ndimage.distance_transform_edt(~inside, sampling=grid.spacing_mm)
+    assert found[far > 20].mean() < 0.01
+    assert (data[found] > 0).mean() > 0.5
+    (shown,) = ndimage.find_objects(found.view(np.uint8))
+    assert all(a.start <= b.start and b.stop <= a.stop for a, b in zip(part, shown, strict=True))
+
+
+def test_what_cannot_hold_a_brain_is_looked_at_as_a_whole():
+    noise = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)
+    grid = Grid(noise.shape, np.diag([4.0, 4, 4, 1]))
+    part, near = find_brain({'FLAIR': noise}, grid, device='cpu')
+    assert near.all()
+    assert noise[part].shape == near.shape == noise.shape
+
+
+class Brainy(torch.nn.Module):
+    """Calls everything cortex."""
+
+    def forward(self, images):
+        x = next(iter(images.values()))
+        return torch.cat([torch.full_like(x, 9.0 * (name == 'CGM')) for name in CLASSES], dim=1)
+
+
+@pytest.mark.parametrize('mirror', [False, True])
+def test_far_from_the_brain_all_is_background(head, mirror):
+    data, inside, grid = head
+    seen = {'T1w': image.normalise(data)}
+    members, part = predict_brain(Brainy(), seen, grid, mirror=mirror, device='cpu')
+    assert len(members) == 1 + mirror
+    joint = image.joint_probabilities({'T1w': (members[-1], part)}, grid, {'T1w': np.eye(4)})
+    np.testing.assert_allclose(joint.sum(axis=0), 1, atol=1e-5)
+    far = ndimage.distance_transform_edt(~inside, sampling=grid.spacing_mm)
+    cortex = joint[CLASSES.index('CGM')]
+    assert cortex[inside].mean() > 0.98
+    assert cortex[far > 20].mean() < 0.01
+
+
+def test_cubes_over_the_head_begin_at_its_top():
+    affine = np.array([[0, 0, -2.0, 90], [0, 1.5, 0, -80], [-1.0, 0, 0, 120], [0, 0, 0, 1]])
+    grid = Grid((300, 120, 90), affine)  # inferior, anterior, left
+    cubes = head_grid(grid, 4.0, (40, 40, 60))
+    assert cubes.shape == (45, 45, 60)  # 180 mm wide, and 240 of 300 mm from the top
+    np.testing.assert_allclose(cubes.affine[:3, :3], np.diag([4.0, 4, 4]))
+    assert cubes.affine[2, 3] + 4 * 59.5 == pytest.approx(120.5)
+    np.testing.assert_allclose(cubes.middle[:2], grid.middle[:2])
