@@ -112,7 +112,8 @@ def find_brain(
         air = image.min()
         seen[name] = resample(Volume(image - air, grid), cubes, threads=threads) + air
     members = predict(network, seen, window=card.window, mirror=0, device=device, threads=threads)
-    brain = keep_brain(combine(members), cubes)[0] < 1 - SUSPECTED
+    # Fluid within is part of it, however large the ventricles are.
+    brain = ndimage.binary_fill_holes(keep_brain(combine(members), cubes)[0] < 1 - SUSPECTED)
     if brain.sum() * card.in_plane_mm**3 < 1000 * LEAST_ML:
         x, y, z = (slice(0, size) for size in grid.shape)
         return (x, y, z), np.ones(grid.shape, bool)

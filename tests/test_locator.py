@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from bids_jointseg import image
+from bids_jointseg import image, locator
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import CLASSES
@@ -87,6 +87,23 @@ def test_what_cannot_hold_a_brain_is_looked_at_as_a_whole():
     part, near = find_brain({'FLAIR': noise}, grid, device='cpu')
     assert near.all()
     assert noise[part].shape == near.shape == noise.shape
+
+
+def test_large_ventricles_are_within_the_brain(monkeypatch):
+    grid = Grid((192, 256, 256), np.diag([1.0, 1, 1, 1]))
+    far = np.linalg.norm(np.moveaxis(np.indices((48, 64, 64)), 0, -1) - (24, 32, 32), axis=-1)
+    shell = (far < 18) & (far > 8)
+
+    def hollow(*_, **__):
+        p = np.zeros((len(CLASSES), *shell.shape), np.float32)
+        p[CLASSES.index('CGM')], p[0] = shell, ~shell
+        return [p]
+
+    monkeypatch.setattr(locator, 'predict', hollow)
+    part, near = find_brain({'T1w': np.zeros(grid.shape, np.float32)}, grid, device='cpu')
+    middle = tuple(n // 2 - span.start for n, span in zip(grid.shape, part, strict=True))
+    assert near[middle]
+    assert not near[0, 0, 0]
 
 
 class Brainy(torch.nn.Module):
