@@ -23,9 +23,9 @@ from bids_jointseg.network import load_model
 
 SUSPECTED = 0.2
 """Probability from which a voxel of the locator may be brain."""
-NEAR = 2
+NEAR = 3
 """Voxels around these in which a model may find brain."""
-SHOWN = 3
+SHOWN = 4
 """The same, of what a model is shown."""
 LEAST_ML = 200.0
 """A smaller brain is none: the whole scan is looked at."""
