@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
+import torch
 from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -96,8 +97,10 @@ def find_brain(
         Modality -> normalised image `(X, Y, Z)` of the head.
     grid
         Theirs.
-    device, threads
+    device
         See :func:`.inference.predict`.
+    threads
+        Of the resampling, whose result they do not change.
 
     Returns
     -------
@@ -111,7 +114,7 @@ def find_brain(
     for name, image in images.items():
         air = image.min()
         seen[name] = resample(Volume(image - air, grid), cubes, threads=threads) + air
-    members = predict(network, seen, window=card.window, mirror=0, device=device, threads=threads)
+    members = _alike(network, seen, card.window, device)
     # Fluid within is part of it, however large the ventricles are.
     brain = ndimage.binary_fill_holes(keep_brain(combine(members), cubes)[0] < 1 - SUSPECTED)
     if brain.sum() * card.in_plane_mm**3 < 1000 * LEAST_ML:
@@ -128,6 +131,20 @@ def find_brain(
     )
     ((x, y, z),) = ndimage.find_objects(shown.view(np.uint8))
     return (x, y, z), near[x, y, z]
+
+
+def _alike(
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    window: Sequence[int],
+    device: str,
+) -> list[NDArray[np.float32]]:
+    """Return the members' answers by one thread: their number must not move what is looked at."""
+    before = torch.get_num_threads()
+    try:
+        return predict(network, images, window=window, mirror=0, device=device, threads=1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def head_grid(grid: Grid, millimetres: float, window: tuple[int, int, int]) -> Grid:

@@ -81,6 +81,20 @@ def test_the_brain_is_found_and_the_neck_left_out(head, axes):
     assert all(a.start <= b.start and b.stop <= a.stop for a, b in zip(part, shown, strict=True))
 
 
+def test_threads_do_not_move_what_is_looked_at(head):
+    data, _, grid = head
+    answers = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        seen = {'T1w': image.normalise(data)}
+        answers.append(find_brain(seen, grid, device='cpu', threads=number))
+        assert torch.get_num_threads() == number
+    (part, near), *others = answers
+    for other, there in others:
+        assert other == part
+        np.testing.assert_array_equal(there, near)
+
+
 def test_what_cannot_hold_a_brain_is_looked_at_as_a_whole():
     noise = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)
     grid = Grid(noise.shape, np.diag([4.0, 4, 4, 1]))
