@@ -458,7 +458,7 @@ def test_a_clock_that_jumps(pair, calm, when):
 # --- memory -------------------------------------------------------------------------------------
 
 PLACES = (
-    *('image.load_scan', 'image.resample', 'image.label_map', 'inference.predict'),
+    *('image.load_scan', 'image.resample', 'image.label_map', 'locator.predict_brain'),
     *('lesions.measure_lesions', 'quality.measure', 'figures.draw_scan', 'reports.subject_report'),
     *('bids.plan', 'bids.create_dataset'),
 )
@@ -480,7 +480,8 @@ def fail_at(place: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('place', 'kind'), [*((place, 'memory') for place in PLACES), ('inference.predict', 'torch')]
+    ('place', 'kind'),
+    [*((place, 'memory') for place in PLACES), ('locator.predict_brain', 'torch')],
 )
 def test_memory_that_runs_out(pair, calm, place, kind):
     name = f'memory-{place}-{kind}'

@@ -476,8 +476,8 @@ def moments(out: Path) -> dict[str, int]:
 
 @pytest.fixture
 def guess(monkeypatch):
-    """In place of the network: what is not bright is background, the rest are three classes."""
-    from bids_jointseg import inference
+    """In place of the networks: what is not bright is background, the rest are three classes."""
+    from bids_jointseg import locator
 
     calls = []
 
@@ -495,7 +495,7 @@ def guess(monkeypatch):
         found[2] = 3 * lesion
         return [found / found.sum(axis=0)]
 
-    monkeypatch.setattr(inference, 'predict', predict)
+    monkeypatch.setattr(locator, 'predict', predict)
     return calls
 
 
