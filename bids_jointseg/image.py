@@ -1156,9 +1156,14 @@ def keep_brain(probabilities: NDArray[Any], grid: Grid) -> NDArray[Any]:
     near = ndimage.maximum_filter(brain, box)
     apart = ~brain & (mask | ~near)
     kept = probabilities.copy()
-    for channel, values in enumerate(kept):
-        np.copyto(values, channel == 0, where=apart)
+    call_background(kept, apart)
     return kept
+
+
+def call_background(probabilities: NDArray[Any], where: NDArray[np.bool_]) -> None:
+    """Make voxels background for certain, in place; `(C, X, Y, Z)`, background first."""
+    for channel, values in enumerate(probabilities):
+        np.copyto(values, channel == 0, where=where)
 
 
 def label_map(probabilities: NDArray[Any]) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch import nn
 
 from bids_jointseg.card import ModelCard, read_card
-from bids_jointseg.image import Grid, Volume, keep_brain, resample
+from bids_jointseg.image import Grid, Volume, call_background, keep_brain, resample
 from bids_jointseg.inference import combine, predict
 from bids_jointseg.network import load_model
 
@@ -77,8 +77,7 @@ def predict_brain(
         threads=threads,
     )
     for member in members:
-        for channel, values in enumerate(member):
-            np.copyto(values, channel == 0, where=~near)
+        call_background(member, ~near)
     return members, grid.part(part)
 
 

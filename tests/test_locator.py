@@ -35,8 +35,7 @@ def head() -> tuple[np.ndarray, np.ndarray, Grid]:
     data /= data.max()
     inside = ndimage.binary_fill_holes(data > 0.1)
     far = ndimage.distance_transform_edt(~inside, sampling=grid.spacing_mm)
-    x, y, z = np.moveaxis(np.indices(grid.shape), 0, -1).reshape(-1, 3).T.reshape(3, *grid.shape)
-    x, y, z = (grid.affine[i, i] * v + grid.affine[i, 3] for i, v in enumerate((x, y, z)))
+    x, y, z = (MM * v + grid.affine[i, 3] for i, v in enumerate(np.indices(grid.shape)))
     draw = np.random.default_rng(0)
     muscle = 0.55 + 0.1 * ndimage.gaussian_filter(draw.normal(size=grid.shape), 1) * 5
     data = np.where(far > 4, 0.1, np.where(inside, data, 0.25))

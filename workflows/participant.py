@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -531,7 +532,7 @@ def add_segmentation(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
-            locator=read_card('locator').sha256,
+            locator=_locator().sha256,
             bias=dict(card.bias),
             temperature=card.temperature,
             fast=fast,
@@ -696,6 +697,12 @@ def _memory_gb(scan: Scan) -> float:
     return round(0.3 + voxels * 8 * 4 * 2 / 1e9, 2)
 
 
+@cache
+def _locator() -> ModelCard:
+    """Return the card of what finds the brain; it is read once, not for each scan."""
+    return read_card('locator')
+
+
 _INTRODUCTION = """\
 Brain tissue and white-matter lesions were segmented jointly with *bids_jointseg* {version}, a \
 BIDS App [@bids; @bidsapps] built on *Nipype* [@nipype], after @jointseg, with the network \
@@ -711,9 +718,8 @@ of the labels; lesions were counted as 26-connected groups of voxels."""
 def _introduce(card: ModelCard) -> str:
     """Return what the description says of all scans."""
     landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
-    locator = read_card('locator')
     return _INTRODUCTION.format(
-        version=__version__, card=card, landmarks=landmarks, locator=locator
+        version=__version__, card=card, landmarks=landmarks, locator=_locator()
     )
 
 
