@@ -34,7 +34,7 @@ import torch
 from accuracy import INPUTS, Case, paint_heads, tissue_scans, true_labels
 from numpy.typing import NDArray
 
-from bids_jointseg import cache, image
+from bids_jointseg import cache, image, registration
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid
@@ -148,7 +148,7 @@ def cache_people(recipe: Recipe, data: Path, folder: Path) -> list[Path]:
                 scan = image.load_scan(item.scan.flair) if item.scan.flair else t1w
                 grid = image.model_grid(scan, in_plane_mm=MM, slice_mm=(MM, MM))
                 if item.scan.flair:
-                    move = image.register(scan, t1w)
+                    move = registration.register(scan, t1w)
                     arrays['images']['FLAIR'] = image.resample(scan, grid, threads=1)
                     arrays['images']['T1w'] = image.resample(t1w, grid, move, threads=1)
                 else:

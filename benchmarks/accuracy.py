@@ -51,7 +51,6 @@ from bids_jointseg.image import (
     load_labels,
     load_scan,
     model_grid,
-    register,
     resample,
     save,
     volumes_mm3,
@@ -61,6 +60,7 @@ from bids_jointseg.labels import CLASSES, INDICES, PROTOCOLS, TISSUES, bits
 from bids_jointseg.longitudinal import compare_volumes
 from bids_jointseg.metrics import dice, summary
 from bids_jointseg.recipe import Source, read_recipe
+from bids_jointseg.registration import register
 
 INPUTS = (('T1w', 'FLAIR'), ('T1w',), ('FLAIR',))
 JOINTSEG = PROTOCOLS['jointseg']

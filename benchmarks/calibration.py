@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.stats import t
 
-from bids_jointseg import image, quality
+from bids_jointseg import image, quality, registration
 from bids_jointseg.augment import smooth_field
 from bids_jointseg.bids import annotated_scans
 from bids_jointseg.card import ModelCard, read_card
@@ -215,7 +215,7 @@ def measure(job: Job) -> dict[str, Any] | None:
     reference, *_ = scans.values()
     try:
         between = image.transforms(
-            image.register(scans['T1w'], scans['FLAIR']) if len(scans) > 1 else np.eye(4)
+            registration.register(scans['T1w'], scans['FLAIR']) if len(scans) > 1 else np.eye(4)
         )
     except image.ImageError as error:
         print(f'{", ".join(map(str, visit.images.values()))}, {seed}: {error}', flush=True)

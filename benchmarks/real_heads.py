@@ -71,7 +71,7 @@ def enclosed(folder: Path, kind: str, grid: Grid) -> NDArray[np.float32]:
         content = member(folder, 'pycortex', SURFACES.format(kind, side))
         assert content is not None, 'the surfaces lie beside the scan'
         points, faces = (array.data for array in nib.GiftiImage.from_bytes(content).darrays[:2])
-        points = points @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+        points = image.transformed(to_voxels, points)
         low = np.floor(points.min(axis=0)).astype(int) - 2
         size = np.ceil(points.max(axis=0)).astype(int) + 3 - low
         corners = ((points - low + 0.5) * FINE - 0.5)[faces]

@@ -34,7 +34,7 @@ from scipy import ndimage
 from scipy.linalg import polar
 from scipy.spatial.transform import Rotation
 
-from bids_jointseg import image
+from bids_jointseg import image, registration
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.quality import INDEX, noise_level
 
@@ -79,11 +79,11 @@ def stretches(first: Volume, second: Volume, move: NDArray[Any]) -> NDArray[Any]
     affine = sitk.AffineTransform(3)
     affine.SetMatrix(move[:3, :3].ravel().tolist())
     affine.SetTranslation(move[:3, 3].tolist())
-    run = image.mutual_information(0.1, seed=0)
+    run = registration.mutual_information(0.1, seed=0)
     run.SetOptimizerAsGradientDescent(1.0, 200, 1e-6, 10, run.Never, 0.1)
     run.SetOptimizerScalesFromPhysicalShift()
     run.SetInitialTransform(affine, inPlace=True)
-    run.Execute(*(image.sitk_image(image.clamped(scan)) for scan in (first, second)))
+    run.Execute(*(registration.sitk_image(registration.clamped(scan)) for scan in (first, second)))
     found = np.array(affine.GetMatrix()).reshape(3, 3)
     return np.linalg.norm(found @ first.grid.affine[:3, :3] / first.grid.spacing_mm, axis=0)
 
@@ -100,7 +100,7 @@ def compare(one: tuple[Volume, Volume], other: tuple[Volume, Volume]) -> dict[st
     """Return how a scan differs from another of its kind, each with its label map."""
     (first, labels), (second, second_labels) = one, other
     grid = first.grid
-    move = image.register(first, second)
+    move = registration.register(first, second)
     there = image.resample(second, grid, move)
 
     def in_both(name: str) -> NDArray[np.bool_]:

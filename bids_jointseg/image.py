@@ -1,4 +1,4 @@
-"""Scans and grids: read, check, align, resample, normalise, map back, measure.
+"""Scans and grids: read, check, resample, normalise, map back, measure.
 
 Arrays have shape ``(X, Y, Z)`` in the order of the scan's own voxel axes, a :class:`Grid` says
 where their voxels lie (``affine``: voxel -> RAS mm), and every transform is a 4 x 4 matrix that
@@ -13,7 +13,6 @@ Intensities are interpolated, labels never are: probabilities are brought to the
 References
 ----------
 Nyul, Udupa and Zhang (2000), *New variants of a method of MRI scale standardization*;
-Mattes et al. (2003), *PET-CT image registration in the chest using free-form deformations*;
 Cardoso et al. (2015), *Scale factor point spread function matching* (the anti-alias Gaussian).
 """
 
@@ -22,7 +21,6 @@ Cardoso et al. (2015), *Scale factor point spread function matching* (the anti-a
 
 from __future__ import annotations
 
-import functools
 import gzip
 import itertools
 import logging
@@ -30,7 +28,7 @@ import math
 import os
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -58,12 +56,6 @@ PERCENTILES = (1.0, *range(10, 100, 10), 99.0)
 
 _IDENTITY = np.eye(4)
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
-LEAST_INFORMATION = 0.1
-"""Mutual information (nats) below which two scans do not show one head: pairs of one head were
-measured to have 0.38 (one of them skull-stripped) to 0.88, a head and noise 0.02."""
-
-LEAST_OVERLAP = 0.2
-"""Share of the smaller head in the other below which they do not overlap."""
 
 THICK_MM = 2.5
 """Distance from which slices are thick: they cut what is small, and cut it otherwise next time."""
@@ -133,13 +125,13 @@ class Grid:
     @property
     def middle(self) -> Matrix:
         """(3,) middle of the field of view, RAS mm."""
-        return _apply(self.affine, (np.array(self.shape) - 1) / 2)
+        return transformed(self.affine, (np.array(self.shape) - 1) / 2)
 
     def part(self, box: tuple[slice, slice, slice]) -> Grid:
         """Return the grid of a part of an array that lies on this one."""
         spans = [span.indices(size) for span, size in zip(box, self.shape, strict=True)]
         affine = self.affine.copy()
-        affine[:3, 3] = _apply(self.affine, np.array([first for first, *_ in spans]))
+        affine[:3, 3] = transformed(self.affine, np.array([first for first, *_ in spans]))
         x, y, z = (len(range(*span)) for span in spans)
         return Grid((x, y, z), affine)
 
@@ -399,7 +391,9 @@ def _warn_of_geometry(path: str | os.PathLike[str], image: Any, grid: Grid) -> N
         LOGGER.warning('%s: states no orientation: left and right are assumed, check them', path)
     elif qform is not None and sform is not None:
         ends = _CORNERS * (np.array(grid.shape) - 1)
-        distance = np.linalg.norm(_apply(qform, ends) - _apply(sform, ends), axis=1).max()
+        distance = np.linalg.norm(
+            transformed(qform, ends) - transformed(sform, ends), axis=1
+        ).max()
         if not distance < 0.5:
             LOGGER.warning(
                 '%s: qform and sform disagree by up to %.1f mm: the sform is used',
@@ -702,12 +696,12 @@ def _subgrid(grid: Grid, spacing: ArrayLike, first: ArrayLike, last: ArrayLike) 
     shape = tuple(int(length) for length in np.rint((last - first) / factor) + 1)
     affine = grid.affine.copy()
     affine[:3, :3] *= factor
-    affine[:3, 3] = _apply(grid.affine, first)
+    affine[:3, 3] = transformed(grid.affine, first)
     return Grid((shape[0], shape[1], shape[2]), affine)
 
 
-def _apply(matrix: Matrix, points: NDArray[Any]) -> Matrix:
-    """Map points (..., 3) by a 4 x 4 matrix."""
+def transformed(matrix: NDArray[Any], points: NDArray[Any]) -> Matrix:
+    """Return where a matrix (4, 4) moves points (..., 3)."""
     return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
 
 
@@ -757,12 +751,12 @@ def resample(
         return result
     low = np.maximum([axis.start for axis in seen] - margin, 0)
     high = np.minimum([axis.stop for axis in seen] + margin, shape)
-    box = _apply(np.linalg.inv(to_source), low + _CORNERS * (high - low) - 0.5)
+    box = transformed(np.linalg.inv(to_source), low + _CORNERS * (high - low) - 0.5)
     start = np.clip(np.floor(box.min(axis=0)), 0, grid.shape).astype(int)
     stop = np.clip(np.ceil(box.max(axis=0)) + 1, start, grid.shape).astype(int)
     if (start == stop).any():
         return result
-    box = _apply(to_source, start + _CORNERS * (stop - 1 - start))
+    box = transformed(to_source, start + _CORNERS * (stop - 1 - start))
     low = np.clip(np.floor(box.min(axis=0) - margin), 0, shape).astype(int)
     high = np.clip(np.ceil(box.max(axis=0) + margin) + 1, low, shape).astype(int)
     if (low == high).any():
@@ -772,7 +766,7 @@ def resample(
         if sigma[axis] > 0.1:
             data = ndimage.gaussian_filter1d(data, sigma[axis], axis, mode='nearest', truncate=3)
 
-    offset = _apply(to_source, start) - low
+    offset = transformed(to_source, start) - low
     run = sitk.ResampleImageFilter()
     # Everything in voxel units: no direction, so sheared affines are as good as any.
     run.SetSize([int(length) for length in stop - start])
@@ -785,167 +779,11 @@ def resample(
     return result
 
 
-# ---------------------------------------------------------------------------------------------
-# Registration
-
-
-def register(fixed: Volume, moving: Volume, *, seed: int = 0) -> Matrix:
-    """Align two scans of one head rigidly, whatever their contrasts.
-
-    Mattes' mutual information, maximised by Powell's method on a pyramid of 5, 2.5 and 1 mm
-    (never finer than the scans). It starts from where the headers, the centres of the fields of
-    view and the centres of mass say, each turned by -12, 0 and 12 degrees about every axis; the
-    best two of these go on. The result is the same bit by bit every time, on one thread or two.
-
-    Parameters
-    ----------
-    fixed, moving
-        Scans of one head.
-    seed
-        Of the voxels that are sampled.
-
-    Returns
-    -------
-    Matrix
-        (4, 4) rigid, RAS mm of `fixed` -> RAS mm of `moving`: what :func:`resample` needs to
-        bring `moving` onto the grid of `fixed`.
-
-    Raises
-    ------
-    ImageError
-        If no plausible alignment was found: the scans overlap too little or share too little
-        information to be of one head.
-    """
-    centre = _centre_of_mass(fixed)
-    shifts = (
-        np.zeros(3),
-        moving.grid.middle - fixed.grid.middle,
-        _centre_of_mass(moving) - centre,
-    )
-    # Air tells nothing: all sampled voxels lie in or near the head.
-    fixed, moving = clamped(_cropped(fixed, margin_mm=8.0)), clamped(moving)
-    angles = itertools.product(np.deg2rad((-12.0, 0.0, 12.0)), repeat=3)
-    starts = [(*turn, *shift) for turn in angles for shift in shifts]
-
-    @functools.cache
-    def images_of(millimetres: float) -> list[Any]:
-        return [sitk_image(coarsened(volume, millimetres)) for volume in (fixed, moving)]
-
-    method = mutual_information(1.0, seed=seed)
-    found = []
-    for start in starts:
-        method.SetInitialTransform(_euler(centre, start))
-        # SimpleITK raises where the two do not overlap at all.
-        with suppress(RuntimeError):
-            found.append((method.MetricEvaluate(*images_of(5.0)), start))
-
-    for millimetres, samples, step, keep in (
-        (5.0, 20_000, 2.0, 2),
-        (2.5, 60_000, 1.0, 1),
-        (1.0, 45_000, 0.3, 1),
-    ):
-        images = images_of(millimetres)
-        share = _share(images[0].GetSize(), samples)
-        starts = [start for _, start in sorted(found)[:keep]]
-        found = []
-        for start in starts:
-            transform = _euler(centre, start)
-            method = mutual_information(share, seed=seed)
-            # Twenty steps along a line, as others take, double the time and gain nothing.
-            method.SetOptimizerAsPowell(
-                numberOfIterations=4, maximumLineIterations=8, stepLength=step
-            )
-            method.SetOptimizerScales([60.0, 60.0, 60.0, 1.0, 1.0, 1.0])
-            method.SetInitialTransform(transform, inPlace=True)
-            with suppress(RuntimeError):
-                method.Execute(*images)
-                found.append((method.GetMetricValue(), tuple(transform.GetParameters())))
-    if not found:
-        raise ImageError('the two scans do not overlap: check that both show the same head')
-    (value, best), matrix = found[0], np.eye(4)
-    matrix[:3, :3] = np.array(_euler(centre, best).GetMatrix()).reshape(3, 3)
-    matrix[:3, 3] = centre + best[3:] - matrix[:3, :3] @ centre
-    overlap = _overlap(fixed, moving, matrix)
-    if -value < LEAST_INFORMATION or overlap < LEAST_OVERLAP:
-        raise ImageError(
-            f'the two scans cannot be aligned (overlap of the heads {overlap:.0%}, mutual '
-            f'information {-value:.2f}): check that both show the same head'
-        )
-    distance = float(np.linalg.norm(_apply(matrix, centre) - centre))
-    if distance > 50:
-        LOGGER.warning(
-            'The headers place the two scans %.0f mm apart; aligned by their content', distance
-        )
-    return matrix
-
-
-def _euler(centre: Matrix, parameters: Sequence[float]) -> Any:
-    """Return a rotation (three angles, radians) about a centre and a shift (mm)."""
-    transform = sitk.Euler3DTransform(centre.tolist())
-    transform.SetParameters([float(value) for value in parameters])
-    return transform
-
-
-def _share(size: Sequence[int], samples: int) -> float:
-    """Return which share of an image's voxels to sample regularly: about `samples` of them.
-
-    Regular samples are every n-th voxel in memory. Were n a multiple of a row's length, all of
-    them would lie in one plane, perhaps of air; were a row a multiple of n, in a few. So the
-    longer is kept far from multiples of the shorter: 0.38 or 0.62 of it beyond one.
-    """
-    row, step = size[0], max(1.0, math.prod(size) / samples)
-
-    def apart(ratio: float) -> float:
-        beyond = (math.floor(ratio) + far for far in (-0.38, 0.38, 0.62, 1.38))
-        return min((far for far in beyond if far > 0), key=lambda far: abs(far - ratio))
-
-    step = row * apart(step / row) if step > row else row / apart(row / step)
-    # The library rounds 1 / share up.
-    return 1.0 if step < 1.5 else 1 / (round(step) - 0.5)
-
-
-def mutual_information(share: float, *, seed: int) -> Any:
-    """Return SimpleITK's registration by mutual information, without an optimiser.
-
-    Parameters
-    ----------
-    share
-        Of the fixed image's voxels, that is sampled regularly.
-    seed
-        Of the samples.
-    """
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
-    method.SetMetricUseFixedImageGradientFilter(False)
-    method.SetMetricUseMovingImageGradientFilter(False)
-    method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentage(share, seed + 1)  # 0 would be the clock
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetNumberOfWorkUnits(2)  # the sum of two parts has the same bits in either order
-    return method
-
-
-def _overlap(fixed: Volume, moving: Volume, matrix: Matrix) -> float:
-    """Return the share of the smaller head that lies within the other."""
-    coarse = coarsened(fixed, 5.0)
-    there = Volume((moving.data > foreground(moving.data)).astype(np.float32), moving.grid)
-    a = coarse.data > foreground(coarse.data)
-    b = resample(there, coarse.grid, matrix, threads=1) > 0.5
-    voxels = there.data.sum() * np.prod(moving.grid.spacing_mm) / np.prod(coarse.grid.spacing_mm)
-    return float((a & b).sum() / max(min(a.sum(), voxels), 1.0))
-
-
-def _cropped(volume: Volume, margin_mm: float) -> Volume:
+def cropped(volume: Volume, margin_mm: float) -> Volume:
     """Return the part of a volume that the head fills."""
     first, last = _head_box(volume, margin_mm)
     grid = _subgrid(volume.grid, volume.grid.spacing_mm, first, last)
     return Volume(volume.data[tuple(map(slice, first, last + 1))], grid)
-
-
-def clamped(volume: Volume) -> Volume:
-    """Return the volume without its brightest spots, which would waste most of a histogram."""
-    limit = np.percentile(volume.data, 99.5)
-    return Volume(np.clip(volume.data, 0, limit), volume.grid)
 
 
 def coarsened(volume: Volume, millimetres: float) -> Volume:
@@ -953,26 +791,6 @@ def coarsened(volume: Volume, millimetres: float) -> Volume:
     spacing = np.maximum(volume.grid.spacing_mm, millimetres)
     grid = _subgrid(volume.grid, spacing, np.zeros(3), np.array(volume.grid.shape) - 1)
     return Volume(resample(volume, grid, threads=1), grid)
-
-
-def sitk_image(volume: Volume) -> Any:
-    """Return a SimpleITK image whose physical space is RAS mm, with orthonormal directions."""
-    grid = volume.grid
-    spacing = grid.spacing_mm
-    left, _, right = np.linalg.svd(grid.affine[:3, :3] / spacing)
-    direction = left @ right  # the nearest orthonormal one; SimpleITK takes no other
-    image = sitk.GetImageFromArray(volume.data.T)
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection(direction.ravel().tolist())
-    middle = (np.array(grid.shape) - 1) / 2
-    image.SetOrigin((grid.middle - direction @ (spacing * middle)).tolist())
-    return image
-
-
-def _centre_of_mass(volume: Volume) -> Matrix:
-    """Return the centre of the head (3,), RAS mm."""
-    inside = volume.data > foreground(volume.data)
-    return _apply(volume.grid.affine, np.array(ndimage.center_of_mass(inside)))
 
 
 # ---------------------------------------------------------------------------------------------

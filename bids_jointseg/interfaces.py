@@ -36,7 +36,7 @@ from nipype.interfaces.base import (
 )
 from nipype.utils.filemanip import hash_infile
 
-from bids_jointseg import bids, figures, image, lesions, quality, standard
+from bids_jointseg import bids, figures, image, lesions, quality, registration, standard
 from bids_jointseg.card import ModelError, read_card
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import CLASSES, LABELS
@@ -183,7 +183,7 @@ class _RegisterOutput(TraitedSpec):
 
 
 class Register(SimpleInterface):
-    """Align the FLAIR with the T1w rigidly (:func:`.image.register`)."""
+    """Align the FLAIR with the T1w rigidly (:func:`.registration.register`)."""
 
     input_spec = _RegisterInput
     output_spec = _RegisterOutput
@@ -196,7 +196,7 @@ class Register(SimpleInterface):
             matrix = np.linalg.inv(matrix) if inputs.inverse else matrix
         else:
             try:
-                matrix = image.register(volumes['T1w'], volumes['FLAIR'], seed=inputs.seed)
+                matrix = registration.register(volumes['T1w'], volumes['FLAIR'], seed=inputs.seed)
             except ImageError as error:
                 raise ImageError(f'{inputs.pair}: {error}') from error
         share = coverage(volumes['T1w'], volumes['FLAIR'], matrix)
@@ -226,7 +226,7 @@ def coverage(fixed: Volume, moving: Volume, matrix: NDArray[Any]) -> float:
     """
     head = np.argwhere(fixed.data[::2, ::2, ::2] > image.foreground(fixed.data)) * 2
     to_moving = np.linalg.inv(moving.grid.affine) @ matrix @ fixed.grid.affine
-    voxels = head @ to_moving[:3, :3].T + to_moving[:3, 3]
+    voxels = image.transformed(to_moving, head)
     inside = (voxels >= -0.5) & (voxels <= np.array(moving.grid.shape) - 0.5)
     return float(inside.all(axis=1).mean()) if len(head) else 0.0
 

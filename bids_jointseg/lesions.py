@@ -17,6 +17,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
+from bids_jointseg.image import transformed
 from bids_jointseg.labels import LABELS
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def measure_lesions(
         box = _widened(tight, reach_mm, grid)
         inside = parts[box] == part
         voxels = np.argwhere(inside) + [axis.start for axis in box]
-        points = voxels @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        points = transformed(grid.affine, voxels)
         x, y, z = points.mean(axis=0)
         rows.append(
             {

@@ -47,7 +47,7 @@ from scipy import ndimage, sparse
 from scipy.linalg import sqrtm
 from scipy.spatial import cKDTree
 
-from bids_jointseg import __version__, bids, figures, image
+from bids_jointseg import __version__, bids, figures, image, registration
 from bids_jointseg.image import Grid, ImageError, Volume
 from bids_jointseg.labels import LABELS
 
@@ -305,11 +305,11 @@ def align(
     first, second = (
         _bare(scan, brain) for scan, brain in zip((earlier, later), brains, strict=True)
     )
-    forward = image.register(second, first)
-    back = np.asarray(np.linalg.inv(image.register(first, second)), np.float64)
+    forward = registration.register(second, first)
+    back = np.asarray(np.linalg.inv(registration.register(first, second)), np.float64)
     middle = forward @ halfway(np.linalg.inv(forward) @ back)
-    points = _points(np.argwhere(brains[1])[::97], later.grid.affine)
-    apart = np.subtract(_points(points, forward), _points(points, back))
+    points = image.transformed(later.grid.affine, np.argwhere(brains[1])[::97])
+    apart = np.subtract(image.transformed(forward, points), image.transformed(back, points))
     return middle, float(np.sqrt((apart**2).sum(axis=1).mean()))
 
 
@@ -354,7 +354,7 @@ def midway_grid(
         affine = np.linalg.inv(there) @ upright.affine
         spacings.append(upright.spacing_mm)
         axes.append(affine[:3, :3] / upright.spacing_mm)
-        corners.append(_points(np.argwhere(mask)[::7], affine))
+        corners.append(image.transformed(affine, np.argwhere(mask)[::7]))
     left, _, right = np.linalg.svd(axes[0] + axes[1])
     direction, spacing = left @ right, np.sqrt(spacings[0] * spacings[1])
     along = np.concatenate(corners) @ direction
@@ -381,11 +381,6 @@ def slice_tilt(earlier: Grid, later: Grid, later_to_earlier: Matrix) -> float:
     before, after = (grid.affine[:3, grid.thick_axis] / grid.slice_mm for grid in (earlier, later))
     cosine = abs(float(before @ (later_to_earlier[:3, :3] @ after)))
     return float(np.degrees(np.arccos(min(1.0, cosine))))
-
-
-def _points(points: NDArray[Any], matrix: NDArray[Any]) -> Matrix:
-    """Map points (n, 3) by a 4 x 4 matrix."""
-    return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
 
 
 # --- lesions ------------------------------------------------------------------------------------
@@ -492,7 +487,7 @@ def compare_lesions(
         side, part = (new, after) if after.size else (old, before)
         centre = side.sums[part].sum(axis=0) / side.sizes[part].sum()
         if side is old:
-            centre = _points(centre[None], side.to_other)[0]
+            centre = image.transformed(side.to_other, centre)
         # The scan in which there is more of it has to be sure of it.
         sure = (new if mm3[1] > mm3[0] else old).sure(after if mm3[1] > mm3[0] else before, mm3)
         change = _judge(mm3, margin, sure)
@@ -531,11 +526,11 @@ class _Side:
         self.sizes = np.bincount(self.number, minlength=self.count + 1)
         inner = ndimage.binary_erosion(parts > 0, ndimage.generate_binary_structure(3, 1))
         self.surfaces = np.bincount(parts[(parts > 0) & ~inner], minlength=self.count + 1)
-        points = _points(self.voxels, own.grid.affine)
+        points = image.transformed(own.grid.affine, self.voxels)
         self.sums = np.stack([self._sum(column) for column in points.T], axis=-1)
         to_voxels = np.linalg.inv(other.grid.affine)
         self.to_places = to_voxels @ to_other @ own.grid.affine
-        self.places = _points(self.voxels, self.to_places)
+        self.places = image.transformed(self.to_places, self.voxels)
         self.shifts = _slice_shifts(own, other, to_other) @ to_voxels[:3, :3].T
         # Outside of the other scan there is no brain either.
         seen = _values(other.brain, self.places, order=0)
@@ -581,7 +576,7 @@ class _Side:
         chosen = np.isin(self.number, part)
         voxels, places = self.voxels[chosen], self.places[chosen]
         around = self._white_around(voxels)
-        there = _points(around, self.to_places)
+        there = image.transformed(self.to_places, around)
         white = _values(self.other.labels == WHITE, there, order=0) > 0
         if white.sum() < AROUND_VOXELS:
             return True
@@ -1030,7 +1025,7 @@ def _draw(
     changed = [row for row in rows if row['change'] not in ('stable', 'unclear')]
     places = [
         (
-            _points(np.array([[row['x_mm'], row['y_mm'], row['z_mm']]]), to_grid)[0],
+            image.transformed(to_grid, np.array([row['x_mm'], row['y_mm'], row['z_mm']])),
             f'{row["change"]}: {row["before_mm3"]:.0f} to {row["after_mm3"]:.0f}',
         )
         for row in sorted(changed, key=lambda row: -abs(row['change_mm3']))

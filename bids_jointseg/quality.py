@@ -319,10 +319,6 @@ def _reflection(middle: Matrix, parameters: Sequence[float]) -> Matrix:
     return matrix
 
 
-def _moved(matrix: NDArray[Any], points: NDArray[Any]) -> NDArray[Any]:
-    return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
-
-
 def _scaled(scan: Volume) -> Volume:
     """Return a scan on a coarse grid, from 0 to 1, without its brightest spots."""
     coarse = image.coarsened(scan, COARSE_MM)
@@ -336,7 +332,7 @@ def _within(
     """Return points (n, 3), RAS mm, of a mask on a coarse grid, and the values there."""
     there = image.resample(Volume(mask.astype(np.float32), grid), coarse.grid, threads=1)
     voxels = np.argwhere(there > 0.5)
-    return _moved(coarse.grid.affine, voxels), coarse.data[tuple(voxels.T)]
+    return image.transformed(coarse.grid.affine, voxels), coarse.data[tuple(voxels.T)]
 
 
 def _sampler(scan: Volume) -> Callable[[Matrix, NDArray[Any]], NDArray[Any]]:
@@ -344,7 +340,7 @@ def _sampler(scan: Volume) -> Callable[[Matrix, NDArray[Any]], NDArray[Any]]:
     inverse = np.linalg.inv(scan.grid.affine)
 
     def values(matrix: Matrix, points: NDArray[Any]) -> NDArray[Any]:
-        voxels = _moved(inverse @ matrix, points)
+        voxels = image.transformed(inverse @ matrix, points)
         return np.asarray(ndimage.map_coordinates(scan.data, voxels.T, order=1))
 
     return values
@@ -387,7 +383,7 @@ def _alignment(
                 told = information(change)
                 if told > best:
                     best = told
-                    moved = _moved(change, points) - points
+                    moved = image.transformed(change, points) - points
                     farthest = float(np.linalg.norm(moved, axis=1).mean())
     return {
         'misalignment_mm': farthest,
@@ -522,7 +518,7 @@ def _asymmetry(labels: NDArray[np.uint8], grid: Grid, mirror: Matrix) -> float:
     for name in ('WM', 'CGM', 'CBM'):
         voxels = np.argwhere(labels == INDEX[name])
         if len(voxels) > 500:
-            side = _moved(grid.affine, voxels) @ normal > distance
+            side = image.transformed(grid.affine, voxels) @ normal > distance
             share = side.mean()
             worst = max(worst, 100 * abs(2 * share - 1))
     return float(worst)

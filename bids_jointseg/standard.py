@@ -285,7 +285,7 @@ def _brain(volume: Volume, brain: NDArray[np.bool_], step: float) -> tuple[Volum
     corners = np.argwhere(brain)
     low, high = corners.min(axis=0) - 0.5, corners.max(axis=0) + 0.5
     corners = np.array(np.meshgrid(*zip(low, high, strict=True))).reshape(3, -1).T
-    points = corners @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    points = image.transformed(grid.affine, corners)
     low, high = points.min(axis=0) - MARGIN_MM, points.max(axis=0) + MARGIN_MM
     affine = np.diag([step, step, step, 1.0])
     affine[:3, 3] = low

@@ -664,69 +664,6 @@ def test_a_bad_transform_is_one_clear_line(tmp_path, content):
         image.load_itk(tmp_path / 'absent.txt')
 
 
-# --------------------------------------------------------------------------- registration
-
-
-def other_contrast(volume: Volume, grid: Grid, matrix: np.ndarray) -> Volume:
-    """The head as a scan with other contrast on another grid sees it, `matrix`: grid -> head."""
-    data = image.resample(volume, grid, matrix)
-    levels = [0, 200, 600, 800, 1000], [0, 150, 700, 450, 300]
-    noise = np.random.default_rng(5).normal(0, 5, grid.shape)
-    return Volume(np.abs(np.interp(data, *levels) + noise).astype(np.float32), grid)
-
-
-def test_register_finds_the_way_back():
-    t1w = head(make_grid('LAS', (4, 4, 4)))
-    truth = rigid((9, -6, 12), (12, -18, 10))
-    flair = other_contrast(t1w, make_grid('oblique', (3, 3, 6)), truth)
-    found = image.register(flair, t1w)
-    brain = points(t1w.grid)[ball(t1w.grid)][::50]
-    there = (brain - truth[:3, 3]) @ truth[:3, :3]  # the FLAIR's points
-    error = there @ found[:3, :3].T + found[:3, 3] - brain
-    assert np.linalg.norm(error, axis=1).mean() < 0.5
-    np.testing.assert_allclose(found[:3, :3] @ found[:3, :3].T, np.eye(3), atol=1e-9)
-    assert np.linalg.det(found) == pytest.approx(1)
-
-
-def test_register_needs_no_help_from_the_headers_and_repeats_itself(caplog):
-    t1w = head(make_grid('RAS', (6, 6, 6)))
-    flair = other_contrast(t1w, make_grid('RAS', (6, 6, 7)), np.eye(4))
-    far = rigid((5, 0, 0), (300, -100, 50))
-    moved = Volume(flair.data, Grid(flair.grid.shape, far @ flair.grid.affine))
-    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    found = [image.register(moved, t1w)]
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1 if threads > 1 else 2)
-    found.append(image.register(moved, t1w))
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    np.testing.assert_array_equal(*found)  # whatever the machine
-    assert '321 mm apart' in caplog.text
-    brain = points(t1w.grid)[ball(t1w.grid)][::50]
-    both = found[0] @ far
-    error = brain @ both[:3, :3].T + both[:3, 3] - brain
-    assert np.linalg.norm(error, axis=1).mean() < 1.5
-
-
-@pytest.mark.parametrize(
-    'size', [(169, 202, 223), (84, 223, 202), (156, 149, 150), (338, 202, 223), (40, 83, 118)]
-)
-def test_samples_of_a_registration_fill_the_volume(size):
-    """Every 169th voxel of rows of 169 is one plane, which showed no head."""
-    for samples in (20_000, 45_000, 60_000):
-        step = int(np.ceil(1 / image._share(size, samples)))
-        taken = np.unravel_index(np.arange(0, np.prod(size), step), size, order='F')
-        assert 0.6 < len(taken[0]) / samples < 1.6
-        for axis, length in zip(taken, size, strict=True):
-            share = np.bincount(4 * axis // length, minlength=4) / len(axis)
-            assert share.min() > 0.15, (samples, step)
-
-
-def test_register_refuses_what_shows_no_head():
-    t1w = head(make_grid('RAS', (8, 8, 8)))
-    noise = np.random.default_rng(0).normal(100, 10, t1w.data.shape).astype(np.float32)
-    with pytest.raises(ImageError, match='cannot be aligned'):
-        image.register(t1w, Volume(noise, t1w.grid))
-
-
 @pytest.mark.parametrize('spacing', [(1.0, 1.0, 1.0), (1.0, 1.0, 3.0)])
 def test_what_lies_apart_from_the_brain_is_background(spacing):
     """A ball is the brain; a smaller one hangs on it by a bridge two voxels thick.

@@ -447,7 +447,7 @@ def test_work_that_is_done_is_not_done_again(compared, person, monkeypatch):
         raise AssertionError
 
     before = {path: path.read_bytes() for path in compared.values()}
-    monkeypatch.setattr(longitudinal.image, 'register', refuse)
+    monkeypatch.setattr(longitudinal.registration, 'register', refuse)
     again = longitudinal.compare_sessions(person / 'out', person / 'bids', '01')
     assert {path: path.read_bytes() for path in again} == before
     monkeypatch.setitem(longitudinal.RULES, 'relative', 0.5)
