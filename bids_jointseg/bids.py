@@ -839,7 +839,8 @@ def write_tables(
     configuration
         What decided the result beside the scans.
     """
-    from bids_jointseg.lesions import zone_volumes  # SciPy, which --help can do without
+    # SciPy, which --help can do without:
+    from bids_jointseg.lesions import count_long, zone_volumes
 
     sources = [raw_uri(path, bids_dir) for path in (scan.t1w, scan.flair) if path is not None]
     table = derivative(out_dir, scan, 'desc-lesions_morph.json')
@@ -875,6 +876,7 @@ def write_tables(
         'brain_volume_mm3': round(brain, 2),
         **{f'brain_{name}': value for name, value in _ends(intervals['brain']).items()},
         'lesion_count': len(lesions),
+        'lesion_count_3mm': count_long(lesions),
         'lesion_zones': zone_volumes(lesions),
         'quality': dict(quality),
         'flags': list(flags),

@@ -21,7 +21,7 @@ from bids_jointseg.image import transformed
 from bids_jointseg.labels import LABELS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -34,6 +34,8 @@ VENTRICLE_MM = 3.0
 Biol Psychiatry 2008, call white matter up to 3 mm from the ventricles juxtaventricular)."""
 CORTEX_MM = 1.8
 """Farthest voxel of cortex from a juxtacortical lesion: voxels of 1 mm that touch at a corner."""
+LONG_MM = 3.0
+"""Longest diameter from which the criteria for multiple sclerosis count a lesion."""
 TOUCH = np.ones((3, 3, 3), bool)
 
 
@@ -93,6 +95,11 @@ def measure_lesions(
         )
     rows.sort(key=lambda row: -row['voxels'])
     return [{'lesion': rank} | row for rank, row in enumerate(rows, start=1)]
+
+
+def count_long(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many rows of :func:`measure_lesions` are :data:`LONG_MM` long or longer."""
+    return sum(row['diameter_mm'] >= LONG_MM for row in rows)
 
 
 def zone_volumes(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

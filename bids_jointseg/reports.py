@@ -287,6 +287,7 @@ def _volumes(table: Path) -> dict[str, Any]:
         'verdict': record.get('quality', {}).get('verdict', 'n/a'),
         'measures': _judged(record.get('quality', {}).get('measures', {})),
         'lesion_count': record.get('lesion_count', 'n/a'),
+        'lesion_count_3mm': record.get('lesion_count_3mm', 'n/a'),
         'flags': flags,
     }
 
@@ -414,6 +415,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         'brain_mm3',
         *(f'{label.abbreviation}_mm3' for label in CLASSES),
         'lesion_count',
+        'lesion_count_3mm',
         *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),
     )
 
@@ -443,6 +445,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
                     for label in CLASSES
                 },
                 'lesion_count': found['lesion_count'],
+                'lesion_count_3mm': found['lesion_count_3mm'],
                 **{
                     f'L_{zone}_{short}': found['zones'].get(zone, {}).get(name, 'n/a')
                     for zone in ZONES
@@ -481,6 +484,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
             for label in CLASSES
         },
         'lesion_count': {'Description': 'Groups of lesion voxels that touch at least by a corner'},
+        'lesion_count_3mm': {'Description': 'Those with a diameter of at least 3 mm'},
         **{f'L_{zone}_count': {'Description': f'Lesions that are {zone}'} for zone in ZONES},
         **{
             f'L_{zone}_mm3': {'Description': f'Lesions that are {zone}', 'Units': 'mm^3'}

@@ -7,7 +7,14 @@ import pytest
 from test_image import FRAMES, ball, make_grid, points
 
 from bids_jointseg.labels import LABELS
-from bids_jointseg.lesions import ZONES, fill_lesions, measure_lesions, zone_volumes
+from bids_jointseg.lesions import (
+    LONG_MM,
+    ZONES,
+    count_long,
+    fill_lesions,
+    measure_lesions,
+    zone_volumes,
+)
 
 BG, WM, L, CGM, BS, CBM, VEN = (
     next(label.index for label in LABELS if label.abbreviation == name)
@@ -48,6 +55,17 @@ def test_without_lesions_there_is_nothing_to_measure_or_to_fill():
     np.testing.assert_array_equal(fill_lesions(data, labels, grid), data.astype(np.float32))
     labels[:] = L  # nothing is left to fill it with
     np.testing.assert_array_equal(fill_lesions(data, labels, grid), data.astype(np.float32))
+
+
+@pytest.mark.parametrize(('voxels', 'long'), [(1, 0), (2, 0), (3, 1)])
+def test_single_voxels_are_not_counted_as_long_lesions(voxels, long):
+    """In a row of voxels of 1 mm, from corner to corner: 1.7, 2.4 and 3.3 mm."""
+    grid = make_grid(spacing_mm=(1, 1, 1), extent_mm=12)
+    labels = np.full(grid.shape, WM, np.uint8)
+    labels[4 : 4 + voxels, 6, 6] = L
+    rows = measure_lesions(labels, grid)
+    assert (len(rows), count_long(rows)) == (1, long)
+    assert count_long([{'diameter_mm': LONG_MM}]) == 1
 
 
 @pytest.mark.parametrize(

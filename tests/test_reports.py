@@ -56,6 +56,7 @@ def write_scan(out, stem, volumes=None, lesions=(), flags=()):
     record = {
         'brain_volume_mm3': brain,
         'lesion_count': len(lesions),
+        'lesion_count_3mm': len(lesions) // 2,
         'lesion_zones': zones,
         'quality': {'verdict': 'check', 'measures': {'brain_ml': 5.5, 'agreement': 0.9}},
         'flags': list(flags),
@@ -241,7 +242,7 @@ def test_group_tables(tmp_path, caplog):
     assert list(rows[0]) == [
         *('participant_id', 'session_id', 'run', 'scan', 'quality', 'brain_mm3'),
         *(f'{label.abbreviation}_mm3' for label in LABELS[1:]),
-        'lesion_count',
+        *('lesion_count', 'lesion_count_3mm'),
         *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),
         'flags',
     ]
@@ -250,6 +251,7 @@ def test_group_tables(tmp_path, caplog):
     assert rows[5]['run'] == '1'
     assert rows[6]['flags'] == 'thick; <slices>'
     assert rows[5]['L_deep_count'] == '5'
+    assert (rows[5]['lesion_count'], rows[5]['lesion_count_3mm']) == ('5', '2')
     assert rows[5]['L_infratentorial_mm3'] == '0'
     assert rows[12]['session_id'] == 'n/a'
     assert float(rows[3]['VEN_mm3']) == 9e5

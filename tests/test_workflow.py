@@ -194,6 +194,8 @@ def test_probabilities_and_tables_agree_with_the_labels(results, stem):
         assert float(cells[5]) == pytest.approx(share, abs=1e-4)
     lesions = (folder / f'{stem}_desc-lesions_morph.tsv').read_text().splitlines()[1:]
     assert len(lesions) == summary['lesion_count']
+    long = sum(float(line.split('\t')[2]) >= 3 for line in lesions)
+    assert long == summary['lesion_count_3mm']
     total = sum(float(line.split('\t')[1]) for line in lesions)
     assert total == pytest.approx((labels == 7).sum() * 64, rel=1e-4)
     comma = (folder / f'{stem}_desc-lesions_morph.csv').read_text()
