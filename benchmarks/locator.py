@@ -32,7 +32,8 @@ def measure(case: Case, inputs: tuple[str, ...]) -> dict[str, float]:
     between = image.transforms(np.eye(4))
     passes = image.to_model_grids(scans, between, in_plane_mm=1.0, slice_mm=(1.0, 1.0), fast=True)
     ((images, grid),) = passes.values()
-    part, near = find_brain({n: image.normalise(x) for n, x in images.items()}, grid, device='cpu')
+    seen = {name: image.normalise(data) for name, data in images.items()}
+    part, _, near = find_brain(seen, grid, device='cpu')
     covered = np.zeros(grid.shape, bool)
     covered[part] = near
     labels = image.load_labels(case.annotation).grid

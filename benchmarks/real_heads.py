@@ -136,7 +136,8 @@ def main() -> None:
 
 
 def _everything(images, grid, **_):  # type: ignore[no-untyped-def]
-    return tuple(map(slice, grid.shape)), np.ones(grid.shape, bool)
+    everywhere = np.ones(grid.shape, bool)
+    return tuple(map(slice, grid.shape)), everywhere, everywhere
 
 
 def _against_surfaces(

@@ -2,7 +2,8 @@
 
 A model looks closely at part of a head at a time, where a muscle of the neck may look like a
 cerebellum. The locator, a small network in the package that has seen nothing but whole heads,
-says where to look. What is far from the brain that it finds is background.
+says where to look. What is far from the brain that it finds is background, and so is what a
+model takes for brain and connects with it only by a detour, such as muscle below the skull.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from bids_jointseg.network import load_model
 
 SUSPECTED = 0.2
 """Probability from which a voxel of the locator may be brain."""
-NEAR = 3
-"""Voxels around these in which a model may find brain."""
-SHOWN = 4
-"""The same, of what a model is shown."""
+NEAR_MM = 12.0
+"""How far from these a model may find brain, as a straight line and along what it calls brain."""
+SHOWN_MM = 16.0
+"""How far around these a model is shown the head."""
 LEAST_ML = 200.0
 """A smaller brain is none: the whole scan is looked at."""
 
@@ -67,7 +68,7 @@ def predict_brain(
         `(C, X', Y', Z')` of each member, on a part of the grid, outside of which all is
         background; so it is far from the brain within the part.
     """
-    part, near = find_brain(images, grid, device=device, threads=threads)
+    part, brain, near = find_brain(images, grid, device=device, threads=threads)
     members = predict(
         network,
         {name: image[part] for name, image in images.items()},
@@ -76,8 +77,11 @@ def predict_brain(
         device=device,
         threads=threads,
     )
+    found = near & (np.mean([member[0] for member in members], axis=0) < 0.5)
+    steps = round(NEAR_MM / grid.spacing_mm.min())
+    reached = ndimage.binary_dilation(brain & found, iterations=steps, mask=found)
     for member in members:
-        call_background(member, ~near)
+        call_background(member, ~near | (found & ~reached))
     return members, grid.part(part)
 
 
@@ -87,8 +91,8 @@ def find_brain(
     *,
     device: str = 'auto',
     threads: int | None = None,
-) -> tuple[tuple[slice, slice, slice], NDArray[np.bool_]]:
-    """Return which part of some images to look at, and where in it there may be brain.
+) -> tuple[tuple[slice, slice, slice], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which part of some images to look at, and where in it the brain is and may be.
 
     Parameters
     ----------
@@ -103,8 +107,9 @@ def find_brain(
 
     Returns
     -------
-    tuple[tuple[slice, slice, slice], NDArray[np.bool_]]
-        The part, and a mask of its shape. Of images that show no brain it is the whole of them.
+    tuple[tuple[slice, slice, slice], NDArray[np.bool_], NDArray[np.bool_]]
+        The part, and two masks of its shape: the brain by the locator, and all that is near it.
+        Of images that show no brain all three are the whole of them.
     """
     network, card = _locator()
     assert card.window is not None  # noqa: S101
@@ -118,18 +123,17 @@ def find_brain(
     brain = ndimage.binary_fill_holes(keep_brain(combine(members), cubes)[0] < 1 - SUSPECTED)
     if brain.sum() * card.in_plane_mm**3 < 1000 * LEAST_ML:
         x, y, z = (slice(0, size) for size in grid.shape)
-        return (x, y, z), np.ones(grid.shape, bool)
-    near, shown = (
-        resample(
-            Volume(ndimage.binary_dilation(brain, iterations=count).astype(np.float32), cubes),
-            grid,
-            threads=threads,
-        )
-        > 0.5
-        for count in (NEAR, SHOWN)
+        return (x, y, z), np.ones(grid.shape, bool), np.ones(grid.shape, bool)
+    around = (
+        ndimage.binary_dilation(brain, iterations=round(millimetres / card.in_plane_mm))
+        for millimetres in (NEAR_MM, SHOWN_MM)
+    )
+    brain, near, shown = (
+        resample(Volume(mask.astype(np.float32), cubes), grid, threads=threads) > 0.5
+        for mask in (brain, *around)
     )
     ((x, y, z),) = ndimage.find_objects(shown.view(np.uint8))
-    return (x, y, z), near[x, y, z]
+    return (x, y, z), brain[x, y, z], near[x, y, z]
 
 
 def _alike(

@@ -68,8 +68,10 @@ def test_the_brain_is_found_and_the_neck_left_out(head, axes):
     data, inside = (nib.orientations.apply_orientation(x, turn) for x in (data, inside))
     affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
     grid = Grid(data.shape, affine)
-    part, near = find_brain({'T1w': image.normalise(data)}, grid, device='cpu')
-    assert near.shape == grid.part(part).shape
+    part, brain, near = find_brain({'T1w': image.normalise(data)}, grid, device='cpu')
+    assert brain.shape == near.shape == grid.part(part).shape
+    assert near[brain].all()
+    assert (brain & inside[part]).sum() > 0.9 * brain.sum()
     found = np.zeros(data.shape, bool)
     found[part] = near
     assert found[inside].mean() > 0.99
@@ -88,18 +90,26 @@ def test_threads_do_not_move_what_is_looked_at(head):
         seen = {'T1w': image.normalise(data)}
         answers.append(find_brain(seen, grid, device='cpu', threads=number))
         assert torch.get_num_threads() == number
-    (part, near), *others = answers
-    for other, there in others:
+    (part, *masks), *others = answers
+    for other, *there in others:
         assert other == part
-        np.testing.assert_array_equal(there, near)
+        np.testing.assert_array_equal(there, masks)
 
 
-def test_what_cannot_hold_a_brain_is_looked_at_as_a_whole():
-    noise = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)
-    grid = Grid(noise.shape, np.diag([4.0, 4, 4, 1]))
-    part, near = find_brain({'FLAIR': noise}, grid, device='cpu')
+def test_where_no_brain_is_found_all_is_looked_at(monkeypatch):
+    grid = Grid((60, 70, 50), np.diag([4.0, 4, 4, 1]))
+
+    def empty(*_, **__):
+        p = np.zeros((len(CLASSES), 60, 70, 64), np.float32)
+        p[0] = 1
+        return [p]
+
+    monkeypatch.setattr(locator, 'predict', empty)
+    noise = np.random.default_rng(0).normal(size=grid.shape).astype(np.float32)
+    part, brain, near = find_brain({'FLAIR': noise}, grid, device='cpu')
+    assert noise[part].shape == grid.shape
+    assert brain.all()
     assert near.all()
-    assert noise[part].shape == near.shape == noise.shape
 
 
 def test_large_ventricles_are_within_the_brain(monkeypatch):
@@ -113,8 +123,9 @@ def test_large_ventricles_are_within_the_brain(monkeypatch):
         return [p]
 
     monkeypatch.setattr(locator, 'predict', hollow)
-    part, near = find_brain({'T1w': np.zeros(grid.shape, np.float32)}, grid, device='cpu')
+    part, brain, near = find_brain({'T1w': np.zeros(grid.shape, np.float32)}, grid, device='cpu')
     middle = tuple(n // 2 - span.start for n, span in zip(grid.shape, part, strict=True))
+    assert brain[middle]
     assert near[middle]
     assert not near[0, 0, 0]
 
@@ -139,6 +150,31 @@ def test_far_from_the_brain_all_is_background(head, mirror):
     cortex = joint[CLASSES.index('CGM')]
     assert cortex[inside].mean() > 0.98
     assert cortex[far > 20].mean() < 0.01
+
+
+def test_what_a_detour_alone_connects_with_the_brain_is_background(monkeypatch):
+    """A strip runs beside the brain, 6 mm away, and a bridge joins them at one end."""
+    grid = Grid((50, 60, 40), np.diag([1.0, 1, 1, 1]))
+    brain = np.zeros(grid.shape, bool)
+    brain[10:30, 10:50, 10:30] = True
+    strip, bridge = np.zeros((2, *grid.shape), bool)
+    strip[36:40, 10:50, 10:30] = True
+    bridge[30:36, 10:14, 10:30] = True
+    rim = np.zeros_like(brain)
+    rim[9, 10:50, 10:30] = True  # the locator is coarse: what touches its brain stays
+    part = tuple(map(slice, grid.shape))
+    p = np.zeros((len(CLASSES), *grid.shape), np.float32)
+    p[CLASSES.index('CBM')] = 0.9 * (brain | strip | bridge | rim)
+    p[0] = 1 - p.sum(axis=0)
+    everywhere = np.ones_like(brain)
+    monkeypatch.setattr(locator, 'find_brain', lambda *_, **__: (part, brain, everywhere))
+    monkeypatch.setattr(locator, 'predict', lambda *_, **__: [p.copy()])
+    (found,), _ = predict_brain(Brainy(), {'T1w': np.zeros(grid.shape)}, grid)
+    tissue = found[0] < 0.5
+    assert tissue[brain | rim | bridge].all()
+    reached = np.flatnonzero(tissue[36:40].any(axis=(0, 2)))
+    assert (reached.min(), reached.max()) == (10, 13 + 12 - 7)
+    np.testing.assert_allclose(found.sum(axis=0), 1)
 
 
 def test_cubes_over_the_head_begin_at_its_top():
