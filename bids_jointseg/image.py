@@ -782,8 +782,8 @@ def resample(
 def cropped(volume: Volume, margin_mm: float) -> Volume:
     """Return the part of a volume that the head fills."""
     first, last = _head_box(volume, margin_mm)
-    grid = _subgrid(volume.grid, volume.grid.spacing_mm, first, last)
-    return Volume(volume.data[tuple(map(slice, first, last + 1))], grid)
+    x, y, z = map(slice, first, last + 1)
+    return Volume(volume.data[x, y, z], volume.grid.part((x, y, z)))
 
 
 def coarsened(volume: Volume, millimetres: float) -> Volume:

@@ -66,7 +66,8 @@ def predict_brain(
     -------
     tuple[list[NDArray[np.float32]], Grid]
         `(C, X', Y', Z')` of each member, on a part of the grid, outside of which all is
-        background; so it is far from the brain within the part.
+        background; so it is within the part what lies far from the brain, or what only a detour
+        connects with it (:data:`NEAR_MM`).
     """
     part, brain, near = find_brain(images, grid, device=device, threads=threads)
     members = predict(
@@ -80,8 +81,9 @@ def predict_brain(
     found = near & (np.mean([member[0] for member in members], axis=0) < 0.5)
     steps = round(NEAR_MM / grid.spacing_mm.min())
     reached = ndimage.binary_dilation(brain & found, iterations=steps, mask=found)
+    elsewhere = ~near | (found & ~reached)
     for member in members:
-        call_background(member, ~near | (found & ~reached))
+        call_background(member, elsewhere)
     return members, grid.part(part)
 
 

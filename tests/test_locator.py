@@ -96,6 +96,14 @@ def test_threads_do_not_move_what_is_looked_at(head):
         np.testing.assert_array_equal(there, masks)
 
 
+def test_what_cannot_hold_a_brain_is_looked_at_as_a_whole():
+    noise = np.random.default_rng(0).normal(size=(12, 14, 10)).astype(np.float32)
+    grid = Grid(noise.shape, np.diag([4.0, 4, 4, 1]))
+    part, _, near = find_brain({'FLAIR': noise}, grid, device='cpu')
+    assert near.all()
+    assert noise[part].shape == near.shape == noise.shape
+
+
 def test_where_no_brain_is_found_all_is_looked_at(monkeypatch):
     grid = Grid((60, 70, 50), np.diag([4.0, 4, 4, 1]))
 
@@ -107,7 +115,7 @@ def test_where_no_brain_is_found_all_is_looked_at(monkeypatch):
     monkeypatch.setattr(locator, 'predict', empty)
     noise = np.random.default_rng(0).normal(size=grid.shape).astype(np.float32)
     part, brain, near = find_brain({'FLAIR': noise}, grid, device='cpu')
-    assert noise[part].shape == grid.shape
+    assert noise[part].shape == brain.shape == near.shape == grid.shape
     assert brain.all()
     assert near.all()
 
