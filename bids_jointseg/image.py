@@ -426,7 +426,8 @@ def save(
     path
         Ends in ``.nii`` or ``.nii.gz``.
     data
-        (X, Y, Z); rounded and clipped to the range of an integer `dtype`.
+        (X, Y, Z) values; rounded and clipped to the range of an integer `dtype`. An array of
+        `dtype` itself holds the numbers in the file.
     grid
         Where the voxels lie: becomes sform and qform with code 1.
     dtype
@@ -468,16 +469,17 @@ def save(
     header['magic'] = b'n+1'
     header['vox_offset'] = 352
 
-    if slope is not None:
-        data = data / slope
-    if kind.kind in 'iu' and data.dtype != kind:
-        limits = np.iinfo(kind)
-        data = np.clip(np.rint(data), limits.min, limits.max)
+    if data.dtype != kind:
+        data = data if slope is None else data / slope
+        if kind.kind in 'iu':
+            limits = np.iinfo(kind)
+            data = np.clip(np.rint(data), limits.min, limits.max)
     with replacing(path) as temporary, temporary.open('wb') as stream:
         packed: IO[bytes] = stream
         if str(path).endswith('.gz'):
-            # No name and no time in the header: equal content gives equal bytes.
-            packed = gzip.GzipFile('', 'wb', 6, stream, mtime=0)  # type: ignore[assignment]
+            # No name and no time in the header: equal content gives equal bytes. Level 6 takes
+            # up to three times as long, and saves nothing of a scan and little of probabilities.
+            packed = gzip.GzipFile('', 'wb', 4, stream, mtime=0)  # type: ignore[assignment]
         header.write_to(packed)
         packed.write(data.astype(kind, copy=False).tobytes(order='F'))
         if packed is not stream:
@@ -881,6 +883,51 @@ def transforms(t1w_to_flair: ArrayLike) -> dict[tuple[str, str], NDArray[np.floa
         ('T1w', 'FLAIR'): matrix,
         ('FLAIR', 'T1w'): np.linalg.inv(matrix),
     }
+
+
+def covered(
+    target: Grid, grids: Mapping[str, Grid], target_to: Mapping[str, ArrayLike]
+) -> tuple[slice, slice, slice]:
+    """Return the part of a grid that holds every voxel of it within some other grids.
+
+    Parameters
+    ----------
+    target
+        The grid.
+    grids
+        Name -> another grid.
+    target_to
+        Name -> (4, 4), RAS mm of the target -> RAS mm of that grid.
+    """
+    corners = np.concatenate(
+        [
+            transformed(
+                np.linalg.inv(np.asarray(target_to[name]) @ target.affine) @ grid.affine,
+                _CORNERS * grid.shape - 0.5,
+            )
+            for name, grid in grids.items()
+        ]
+    )
+    low = np.clip(np.floor(corners.min(axis=0)), 0, target.shape).astype(int)
+    high = np.clip(np.ceil(corners.max(axis=0)) + 1, low, target.shape).astype(int)
+    x, y, z = map(slice, low, high)
+    return x, y, z
+
+
+def spread(
+    array: NDArray[Any],
+    part: tuple[slice, slice, slice],
+    shape: tuple[int, int, int],
+    *,
+    outside: ArrayLike = 0,
+) -> NDArray[Any]:
+    """Return an array (..., X, Y, Z) of that shape, of which one is a part.
+
+    Elsewhere it has the values `outside`, which broadcast with it.
+    """
+    whole = np.full((*array.shape[:-3], *shape), outside, array.dtype)
+    whole[..., *part] = array
+    return whole
 
 
 def joint_probabilities(

@@ -389,29 +389,29 @@ class ToNative(SimpleInterface):
             passes[Path(path).stem] = (image.keep_brain(arrays['probabilities'], grid), grid)
             votes[Path(path).stem] = Volume(arrays['agreement'].astype(np.float32), grid)
         lesional = 'FLAIR' if 'FLAIR' in votes else 'T1w'
+        looked_at = {name: grid for name, (_, grid) in passes.items()}
         for number, (target, volume) in enumerate(_load_volumes(inputs).items()):
-            joint = image.joint_probabilities(
-                passes,
-                volume.grid,
-                {name: between[target, name] for name in passes},
-                threads=1,
-            )
+            to = {name: between[target, name] for name in passes}
+            part = image.covered(volume.grid, looked_at, to)
+            grid = volume.grid.part(part)
+            whole = partial(image.spread, part=part, shape=volume.grid.shape)
+            joint = image.joint_probabilities(passes, grid, to, threads=1)
             name = f'{target.lower()}_labels'
             labels = image.label_map(joint)
-            self._results[name] = _save_array(name, labels)
+            self._results[name] = _save_array(name, whole(labels))
             if number == 0:  # the reference
-                self._results['doubt_mm3'] = image.doubt_mm3(joint, labels, volume.grid)
-                agreed = image.resample(
-                    votes[lesional], volume.grid, between[target, lesional], threads=1
-                )
+                self._results['doubt_mm3'] = image.doubt_mm3(joint, labels, grid)
+                agreed = image.resample(votes[lesional], grid, to[lesional], threads=1)
                 lesion = np.stack([joint[CLASSES.index('L')], agreed]).astype(np.float16)
-                self._results['lesion'] = _save_array('lesion', lesion)
-                self._results['entropy'] = _save_array(
-                    'entropy', entropy(joint).astype(np.float16)
-                )
+                self._results['lesion'] = _save_array('lesion', whole(lesion))
+                unsure = entropy(joint).astype(np.float16)
+                self._results['entropy'] = _save_array('entropy', whole(unsure))
                 if inputs.level == 'full':
                     rounded = np.stack([np.rint(p * 255).astype(np.uint8) for p in joint])
-                    self._results['probabilities'] = _save_array('probabilities', rounded)
+                    nothing = np.reshape([255] + [0] * len(CLASSES[1:]), (-1, 1, 1, 1))
+                    self._results['probabilities'] = _save_array(
+                        'probabilities', whole(rounded, outside=nothing)
+                    )
         return runtime
 
 
@@ -540,11 +540,7 @@ class WriteDerivatives(SimpleInterface):
             write('desc-brain_mask.nii.gz', brain.astype(np.uint8))
             probabilities = _load_array(inputs.probabilities, mmap_mode='r')
             for name, array in zip(CLASSES[1:], probabilities[1:], strict=True):
-                write(
-                    f'seg-jointseg_label-{name}_probseg.nii.gz',
-                    array / np.float32(255),
-                    slope=1 / 255,
-                )
+                write(f'seg-jointseg_label-{name}_probseg.nii.gz', array, slope=1 / 255)
             uncertainty = _load_array(inputs.entropy).astype(np.float32)
             write('seg-jointseg_desc-entropy_probseg.nii.gz', uncertainty, slope=1 / 255)
             between = _between(inputs.transform)

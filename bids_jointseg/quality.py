@@ -418,10 +418,13 @@ def _labels_on(
 
 def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, float]:
     """Return contrast, contrast to noise, and the level of what is seen in the air."""
-    data = volume.data
+    if not labels.any():
+        return {}
+    box = _box(labels > 0)
+    labels, inner = labels[box], Volume(volume.data[box], volume.grid.part(box))
     white = ndimage.binary_erosion(labels == INDEX['WM'], TOUCH[1:2])
     medians = {
-        key: float(np.median(data[mask]))
+        key: float(np.median(inner.data[mask]))
         for key, mask in (
             ('WM', white),
             ('CGM', labels == INDEX['CGM']),
@@ -437,7 +440,7 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
         if other in medians
     }
     other = 'CGM' if name == 'T1w' else 'VEN'
-    noise = noise_level(volume, white)
+    noise = noise_level(inner, white)
     # There is none where rounding to whole numbers, or a filter, has taken it.
     if other in medians and noise > 0:
         found['contrast_to_noise'] = abs(medians['WM'] - medians[other]) / noise
@@ -498,8 +501,19 @@ def cut_mm2(brain: NDArray[np.bool_], grid: Grid) -> float:
     )
 
 
+def _box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+    """Return the part of an array that holds a mask, which is not empty, and a voxel around it."""
+    (box,) = ndimage.find_objects(mask.view(np.uint8))
+    x, y, z = (slice(max(axis.start - 1, 0), axis.stop + 1) for axis in box)
+    return x, y, z
+
+
 def _stray_mm3(labels: NDArray[np.uint8], grid: Grid) -> float:
     """Return the volume of lesions that touch neither white matter nor what lies within it."""
+    lesion = labels == INDEX['L']
+    if not lesion.any():
+        return 0.0
+    labels = labels[_box(lesion)]
     parts, count = ndimage.label(labels == INDEX['L'], TOUCH)
     plausible = np.isin(labels, [INDEX[name] for name in ('WM', 'SGM', 'BS', 'CBM')])
     near = ndimage.binary_dilation(plausible, TOUCH)

@@ -356,6 +356,37 @@ def test_two_passes_are_joined():
         assert white > 0.95
 
 
+@pytest.mark.parametrize('frame', ['RAS', 'LAS', 'oblique', 'PSR'])
+def test_what_the_passes_cover_is_all_that_is_needed(frame):
+    scan = make_grid(frame, (2, 3, 2), 200)
+    whole = make_grid('oblique', (2, 2, 4), 180)
+    looked_at = {
+        'T1w': whole.part((slice(20, 70), slice(15, 80), slice(8, 40))),
+        'FLAIR': whole.part((slice(30, 60), slice(5, 60), slice(4, 30))),
+    }
+    to = {'T1w': rigid((4, -3, 6), (5, 2, -3)), 'FLAIR': np.eye(4)}
+    passes = {name: (one_hot(painted(grid)), grid) for name, grid in looked_at.items()}
+    part = image.covered(scan, looked_at, to)
+    everywhere = image.joint_probabilities(passes, scan, to)
+    there = image.joint_probabilities(passes, scan.part(part), to)
+    assert there.size < 0.7 * everywhere.size
+    nothing = np.reshape([1, *np.zeros(len(CLASSES) - 1)], (-1, 1, 1, 1))
+    spread = image.spread(there, part, scan.shape, outside=nothing)
+    np.testing.assert_allclose(spread, everywhere, atol=1e-6)
+    labels = image.label_map(there)
+    np.testing.assert_array_equal(
+        image.spread(labels, part, scan.shape), image.label_map(everywhere)
+    )
+
+
+def test_what_lies_beside_a_grid_covers_nothing_of_it():
+    grid = make_grid(spacing_mm=(4, 4, 4))
+    part = image.covered(grid, {'T1w': grid}, {'T1w': rigid(shift_mm=(500, 0, 0))})
+    assert 0 in grid.part(part).shape
+    labels = image.label_map(np.zeros((len(CLASSES), *grid.part(part).shape), np.float32))
+    assert not image.spread(labels, part, grid.shape).any()
+
+
 def test_where_the_model_looks():
     clinical = {mm: make_grid('oblique', (1, 1, mm)) for mm in (2, 3, 4, 5)}
     fine = make_grid('LAS', (1, 1, 1))
@@ -597,6 +628,16 @@ def test_save_clips_and_rounds_integers(tmp_path):
     image.save(tmp_path / 'a.nii', values, grid, dtype=np.uint8)
     stored = np.asarray(nib.load(tmp_path / 'a.nii').dataobj)
     assert (stored[0].max(), stored[1].min(), stored[2].min()) == (0, 255, 255)
+
+
+def test_save_takes_numbers_of_the_file_as_they_are(tmp_path):
+    grid = make_grid(spacing_mm=(10, 10, 10), extent_mm=80)
+    stored = np.arange(np.prod(grid.shape), dtype=np.uint8).reshape(grid.shape)
+    values = stored / np.float32(255)
+    for name, data in (('stored', stored), ('values', values)):
+        image.save(tmp_path / f'{name}.nii', data, grid, dtype=np.uint8, slope=1 / 255)
+    assert (tmp_path / 'stored.nii').read_bytes() == (tmp_path / 'values.nii').read_bytes()
+    np.testing.assert_allclose(nib.load(tmp_path / 'stored.nii').get_fdata(), values, atol=1e-6)
 
 
 @pytest.mark.parametrize('codes', [(0, 1), (1, 0), (2, 4)])
