@@ -18,7 +18,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
-from bids_jointseg.image import transformed
+from bids_jointseg.image import box_around, transformed, widened
 from bids_jointseg.labels import LABELS
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def measure_lesions(
     rows: list[dict[str, Any]] = []
     for part, tight in enumerate(ndimage.find_objects(parts), start=1):
         # As much of the surroundings as decides on the zone.
-        box = _widened(tight, reach_mm, grid)
+        box = widened(tight, reach_mm, grid)
         inside = parts[box] == part
         voxels = np.argwhere(inside) + [axis.start for axis in box]
         points = transformed(grid.affine, voxels)
@@ -150,33 +150,27 @@ def fill_lesions(
     if not wanted.any() or not source.any():
         return filled
     # Only the surroundings of the lesions are looked at.
-    box = _widened(ndimage.find_objects(wanted.astype(np.uint8))[0], 40, grid)
+    box = box_around(wanted, 40, grid)
     values, seen, open_ = filled[box], source[box].astype(np.float32), wanted[box].copy()
     noise = np.random.default_rng(0).standard_normal(open_.shape, dtype=np.float32)
     for sigma_mm in (2.0, 4.0, 8.0, 16.0):
         if not open_.any():
             break
         # A kernel ends at 4 sigma, and what it sees has been blurred once before.
-        near = _widened(ndimage.find_objects(open_.view(np.uint8))[0], 9 * sigma_mm, grid)
+        near = box_around(open_, 9 * sigma_mm, grid)
         inside = open_[near]
         blur = partial(ndimage.gaussian_filter, sigma=sigma_mm / grid.spacing_mm, mode='constant')
         weight = blur(seen[near])
         # A fifth of the kernel on white matter is a sample, not its far tail.
         enough = inside & (weight > 0.2 if sigma_mm < 16 else weight > 1e-6)
+        if not enough.any():
+            continue
         safe = np.maximum(weight, 1e-6)
         mean = blur(values[near] * seen[near]) / safe
         spread = np.sqrt(np.maximum(blur((values[near] - mean) ** 2 * seen[near]) / safe, 0))
         filled[box][near][enough] = (mean + spread * noise[near])[enough]
         inside &= ~enough
     return filled
-
-
-def _widened(box: tuple[slice, ...], reach_mm: float, grid: Grid) -> tuple[slice, ...]:
-    """Return a box with so much around it."""
-    reach = np.ceil(reach_mm / grid.spacing_mm).astype(int)
-    return tuple(
-        slice(max(0, axis.start - r), axis.stop + r) for axis, r in zip(box, reach, strict=True)
-    )
 
 
 def _diameter_mm(points: NDArray[np.floating], grid: Grid) -> float:

@@ -420,7 +420,7 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
     """Return contrast, contrast to noise, and the level of what is seen in the air."""
     if not labels.any():
         return {}
-    box = _box(labels > 0)
+    box = image.box_around(labels > 0, volume.grid.spacing_mm, volume.grid)
     labels, inner = labels[box], Volume(volume.data[box], volume.grid.part(box))
     white = ndimage.binary_erosion(labels == INDEX['WM'], TOUCH[1:2])
     medians = {
@@ -501,19 +501,12 @@ def cut_mm2(brain: NDArray[np.bool_], grid: Grid) -> float:
     )
 
 
-def _box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
-    """Return the part of an array that holds a mask, which is not empty, and a voxel around it."""
-    (box,) = ndimage.find_objects(mask.view(np.uint8))
-    x, y, z = (slice(max(axis.start - 1, 0), axis.stop + 1) for axis in box)
-    return x, y, z
-
-
 def _stray_mm3(labels: NDArray[np.uint8], grid: Grid) -> float:
     """Return the volume of lesions that touch neither white matter nor what lies within it."""
     lesion = labels == INDEX['L']
     if not lesion.any():
         return 0.0
-    labels = labels[_box(lesion)]
+    labels = labels[image.box_around(lesion, grid.spacing_mm, grid)]
     parts, count = ndimage.label(labels == INDEX['L'], TOUCH)
     plausible = np.isin(labels, [INDEX[name] for name in ('WM', 'SGM', 'BS', 'CBM')])
     near = ndimage.binary_dilation(plausible, TOUCH)
