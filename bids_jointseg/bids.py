@@ -1,7 +1,8 @@
 """What is read from a BIDS dataset, and the names and metadata of what is written.
 
 One result per T1w; a FLAIR of the same session goes with it, and a FLAIR that no T1w takes is
-processed alone (:func:`pair`). Results form a BIDS derivative dataset. A file appears whole or
+processed alone (:func:`pair`). The uniform image of MP2RAGE (`UNIT1`) is the T1w of a session that
+has no other. Results form a BIDS derivative dataset. A file appears whole or
 not at all, so several processes may write to one dataset.
 """
 
@@ -41,14 +42,17 @@ LOGGER = logging.getLogger('bids_jointseg')
 NAME = 'bids_jointseg'
 EXTENSIONS = ('.nii', '.nii.gz')
 QUERIES = {
-    't1w': {'datatype': 'anat', 'suffix': 'T1w', 'extension': list(EXTENSIONS)},
+    't1w': {'datatype': 'anat', 'suffix': ['T1w', 'UNIT1'], 'extension': list(EXTENSIONS)},
     'flair': {'datatype': 'anat', 'suffix': 'FLAIR', 'extension': list(EXTENSIONS)},
 }
 # What somebody may have meant to be a scan, and what is one.
-_ALIKE = re.compile(r'(?is)(?!\.)(?:.*[_-])?(t1w?|flair)\.(?:nii|nii\.gz|hdr|img|mgz|mgh|nrrd)')
+_ALIKE = re.compile(
+    r'(?is)(?!\.)(?:.*[_-])?(t1w?|unit1|flair)\.(?:nii|nii\.gz|hdr|img|mgz|mgh|nrrd)'
+)
 # Values of entities become names of files, and are shown in reports: letters and digits only.
 _VALUE = r'[^\W_](?:[^\W_]|[.+-])*'
-_NAME = re.compile(rf'sub-{_VALUE}_(?:[^\W_]+(?:-{_VALUE})?_)*(?:T1w|FLAIR)\.nii(?:\.gz)?')
+_NAME = re.compile(rf'sub-{_VALUE}_(?:[^\W_]+(?:-{_VALUE})?_)*(?:T1w|UNIT1|FLAIR)\.nii(?:\.gz)?')
+UNIFORM = 'its session has a T1w: a filter for t1w with the suffix UNIT1 takes this one instead'
 MISNAMED = 'is no scan by its name: call it sub-<label>[...]_T1w.nii.gz or _FLAIR'
 # Entities that our own names set, so a scan's own cannot stay in them. Raw scans have none.
 OURS = ('space', 'cohort', 'res', 'den', 'seg', 'label', 'desc')
@@ -84,7 +88,7 @@ class Scan:
     subject, session
         Without ``sub-`` and ``ses-``.
     t1w, flair
-        Files; at least one of them.
+        Files; at least one of them. The T1w may be a uniform image.
     stem
         Start of the names of all results: the reference scan's name without its suffix.
     notes
@@ -182,7 +186,9 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
     scans: list[Scan] = []
     for subject in chosen:
         t1ws, flairs = (found[kind].get(subject, []) for kind in QUERIES)
-        scans += pair(t1ws, flairs)
+        beside = _beside_a_t1w(t1ws)
+        skipped += [Skipped(path, UNIFORM) for path in beside]
+        scans += pair([path for path in t1ws if path not in beside], flairs)
         if not (t1ws or flairs):
             where = ' with these sessions and filters' if restricted else ''
             reason = f'no T1w and no FLAIR{where}'
@@ -197,6 +203,13 @@ def plan(settings: Settings) -> tuple[list[Scan], list[Skipped]]:
         )
     _refuse_shared_names(scans)
     return scans, skipped
+
+
+def _beside_a_t1w(t1ws: Iterable[Path]) -> list[Path]:
+    """Return the uniform images whose session has a T1w: one image of a session is enough."""
+    uniform = {path: '_UNIT1.' in path.name for path in t1ws}
+    sessions = {entities(path).get('ses') for path in t1ws if not uniform[path]}
+    return [path for path in t1ws if uniform[path] and entities(path).get('ses') in sessions]
 
 
 def _misplaced(path: Path) -> str:
@@ -217,7 +230,11 @@ def _misnamed(folder: Path) -> list[Skipped]:
     found = []
     for anat in (folder / 'anat', *sorted(folder.glob('ses-*/anat'))):
         names = sorted(os.listdir(anat)) if anat.is_dir() else []
-        alike = {name: match[1][:2].lower() for name in names if (match := _ALIKE.fullmatch(name))}
+        alike = {
+            name: match[1].lower() == 'flair'
+            for name in names
+            if (match := _ALIKE.fullmatch(name))
+        }
         good = {name for name in alike if _NAME.fullmatch(name) and not (anat / name).is_dir()}
         for name in alike.keys() - good:
             missing = alike[name] not in {alike[other] for other in good}

@@ -13,7 +13,8 @@ Intensities are interpolated, labels never are: probabilities are brought to the
 References
 ----------
 Nyul, Udupa and Zhang (2000), *New variants of a method of MRI scale standardization*;
-Cardoso et al. (2015), *Scale factor point spread function matching* (the anti-alias Gaussian).
+Cardoso et al. (2015), *Scale factor point spread function matching* (the anti-alias Gaussian);
+Marques et al. (2010), *MP2RAGE, a self bias-field corrected sequence*.
 """
 
 # nibabel and SimpleITK are only half typed:
@@ -62,6 +63,9 @@ THICK_MM = 2.5
 
 SPIKE = 1000
 """Times the 99th percentile of a scan above which a voxel shows no tissue."""
+
+NOISY_MM = 9.0
+"""Side of a cube whose noise says whether it lies in the air of a uniform image."""
 
 NEGLIGIBLE = 1e-4
 """Probability that is taken for none: most classes then fill but a part of the head."""
@@ -160,8 +164,8 @@ def load_scan(path: str | os.PathLike[str]) -> Volume:
     """Read a scan and conform it in memory; its voxel axes stay as they are.
 
     Questionable data are repaired with a warning: a fourth axis of length one is dropped,
-    non-finite voxels are set to 0, stray ones far brighter than any tissue are dimmed. Where the
-    qform and the sform disagree, the sform wins.
+    non-finite voxels are set to 0, stray ones far brighter than any tissue are dimmed, and so is
+    the air of a uniform image. Where the qform and the sform disagree, the sform wins.
 
     Parameters
     ----------
@@ -203,7 +207,7 @@ def load_scan(path: str | os.PathLike[str]) -> Volume:
         raise ImageError(
             f'{path}: no intensity is above zero: save the scan with its original intensities'
         )
-    return Volume(_without_spikes(path, data), grid)
+    return Volume(_without_bright_air(path, _without_spikes(path, data), grid), grid)
 
 
 def _without_spikes(path: str | os.PathLike[str], data: Float32) -> Float32:
@@ -218,6 +222,36 @@ def _without_spikes(path: str | os.PathLike[str], data: Float32) -> Float32:
         SPIKE,
     )
     return np.minimum(data, np.float32(bright))
+
+
+def _without_bright_air(path: str | os.PathLike[str], data: Float32, grid: Grid) -> Float32:
+    """Set to 0 what is only noise, and as bright as the head: the air of a uniform image.
+
+    The uniform image of MP2RAGE (``UNIT1``) is a ratio of two images (Marques et al., 2010, eq.
+    3), in air any number from -0.5 to 0.5 with the same probability, which many programs store
+    as 0 to 4095. There is such air where the corners of the scan are mostly brighter than what
+    separates head from air, and vary as much as that; and it is where noise is more than half as
+    strong as there, averaged over :data:`NOISY_MM`.
+    """
+    lifted = data - min(float(data.min()), 0)
+    spans = [(slice(0, size // 12 + 1), slice(-(size // 12) - 1, None)) for size in data.shape]
+    corners = list(itertools.product(*spans))
+    values = np.concatenate([lifted[corner].ravel() for corner in corners])
+    # Every other voxel says as much, in an eighth of the time.
+    separates = foreground(lifted[::2, ::2, ::2])
+    if np.median(values) < separates or values.std() < 0.4 * values.mean():
+        return data
+    noise = (lifted - ndimage.uniform_filter(lifted, 3)) ** 2
+    noise = ndimage.uniform_filter(noise, np.maximum(5, np.rint(NOISY_MM / grid.spacing_mm)))
+    air = noise > np.median(np.concatenate([noise[corner].ravel() for corner in corners])) / 2
+    if air.all():
+        return data
+    LOGGER.warning(
+        '%s: the air is noise as bright as the head, as in a uniform MP2RAGE image: it is set to '
+        '0, with what is as noisy in the head',
+        path,
+    )
+    return np.where(air, np.float32(0), lifted)
 
 
 def load_labels(path: str | os.PathLike[str]) -> Volume:

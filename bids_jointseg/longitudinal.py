@@ -680,7 +680,7 @@ class Visit:
 
     @property
     def suffix(self) -> str:
-        """Modality of the reference."""
+        """Kind of the reference."""
         return _suffix(self.reference.name)
 
     @property
@@ -695,14 +695,15 @@ class Visit:
     @property
     def scan(self) -> Path:
         """The reference as it was segmented, or the raw one where that was not kept."""
-        kept = self.file(f'desc-preproc_{self.suffix}.nii.gz')
+        modality = 'FLAIR' if self.suffix == 'FLAIR' else 'T1w'
+        kept = self.file(f'desc-preproc_{modality}.nii.gz')
         return kept if kept.is_file() else self.reference
 
     @property
     def shown(self) -> Path:
         """What lesions are shown on: the FLAIR, where it was kept on the reference's grid."""
         flair = self.file('space-T1w_desc-preproc_FLAIR.nii.gz')
-        return flair if self.suffix == 'T1w' and flair.is_file() else self.scan
+        return flair if flair.is_file() else self.scan
 
     @property
     def probability(self) -> Path | None:

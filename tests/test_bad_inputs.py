@@ -986,6 +986,11 @@ def shell() -> np.ndarray:
     return np.where(inside.reshape(DATA.shape), noise(), DATA)
 
 
+def uniform() -> np.ndarray:
+    head = 3000 * DATA / DATA.max()
+    return np.where(head > 300, head, np.random.default_rng(1).uniform(0, 4095, DATA.shape))
+
+
 def half() -> np.ndarray:
     return np.ascontiguousarray(DATA[..., :14])
 
@@ -1042,6 +1047,7 @@ FLAGGED = {
     'a good scan': (lambda f: scan(f('T1w')), r'no FLAIR'),
     'all air': (lambda f: scan(f('T1w'), noise()), 'brain volume|reaches the edge'),
     'the scalp alone': (lambda f: scan(f('T1w'), shell()), 'brain volume|reaches the edge'),
+    'a uniform image': (lambda f: scan(f('UNIT1'), uniform()), 'the air is noise as bright'),
     'half a head': (lambda f: scan(f('T1w'), half()), 'the brain reaches the edge'),
     'a few spikes in the app': (lambda f: scan(f('T1w'), some(1e30)), r'T1w.nii.gz: 4 voxels'),
     'values near the limit in the app': (lambda f: scan(f('T1w'), DATA * 1e35), 'no FLAIR'),

@@ -124,6 +124,34 @@ def test_plan_reads_a_dataset(tmp_path):
     ]
 
 
+def test_a_uniform_image_is_the_t1w_of_a_session_without_one(tmp_path):
+    settings = make(
+        tmp_path / 'bids',
+        'sub-1_ses-1_UNIT1',
+        'sub-1_ses-1_inv-1_MP2RAGE',
+        'sub-1_ses-1_FLAIR',
+        'sub-1_ses-2_T1w',
+        'sub-1_ses-2_acq-u_UNIT1',
+        'sub-2_uniT1',
+    )
+    (settings.bids_dir / 'sub-2/anat/sub-2_FLAIR.nii').touch()
+    found, skipped = bids.plan(settings)
+    assert [(scan.stem, scan.t1w and scan.t1w.name) for scan in found] == [
+        ('sub-1_ses-1', 'sub-1_ses-1_UNIT1.nii.gz'),
+        ('sub-1_ses-2', 'sub-1_ses-2_T1w.nii.gz'),
+        ('sub-2', None),
+    ]
+    assert found[0].flair is not None
+    assert [(item.path.name, item.reason, item.failed) for item in skipped] == [
+        ('sub-1_ses-2_acq-u_UNIT1.nii.gz', bids.UNIFORM, False),
+        ('sub-2_uniT1.nii.gz', bids.MISNAMED, True),
+    ]
+    filters = tmp_path / 'filters.json'
+    filters.write_text('{"t1w": {"suffix": "UNIT1"}, "flair": {"session": "1"}}')
+    found, _ = bids.plan(with_(settings, bids_filter_file=filters))
+    assert [scan.stem for scan in found] == ['sub-1_ses-1', 'sub-1_ses-2_acq-u']
+
+
 def test_plan_indexes_only_the_chosen(tmp_path):
     settings = make(tmp_path / 'bids', 'sub-1_T1w', 'sub-12_T1w', 'sub-2_T1w')
     layout = bids._index(with_(settings, participant_label=('1',)))

@@ -171,6 +171,42 @@ def test_foreground_is_the_fixed_point():
     assert image.foreground(np.zeros((3, 3))) == 0
 
 
+@pytest.mark.parametrize('frame', ['RAS', 'oblique'])
+@pytest.mark.parametrize('stored', [4095.0, 1.0])
+def test_the_bright_air_of_a_uniform_image_is_set_to_zero(tmp_path, frame, stored, caplog):
+    """Whether it is stored as 0 to 4095 or as -0.5 to 0.5, where the head is negative, too."""
+    rng = np.random.default_rng(0)
+    grid = make_grid(frame, (1.5, 1.5, 2), 220.0)
+    scan, inside = head(grid).data, ball(grid)
+    ratio = np.where(inside, scan / 1000, rng.uniform(0, 1, grid.shape)) + rng.normal(
+        0, 0.02, grid.shape
+    )
+    least = 0.0 if stored > 1 else -0.5
+    path = tmp_path / 'sub-1_UNIT1.nii.gz'
+    image.save(path, (ratio.clip(0, 1) * stored + least), grid, dtype='float32')
+    with caplog.at_level(logging.WARNING, 'bids_jointseg'):
+        found = image.load_scan(path).data
+    assert [f'{path}: the air is noise' in record.getMessage() for record in caplog.records] == [1]
+    away = points(grid) - (10, -20, 30)
+    air = np.linalg.norm(away / (76, 91, 81), axis=-1) > 1
+    brain = ball(grid, radii=(64, 79, 69))
+    assert (found[air] != 0).mean() < 1e-5
+    np.testing.assert_allclose(found[brain], ratio.clip(0, 1)[brain] * stored, rtol=1e-5)
+    assert np.corrcoef(found.ravel(), np.where(inside, scan, 0).ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize('strength', [0, 20, 100])
+def test_the_dark_air_of_other_scans_is_left_alone(tmp_path, strength, caplog):
+    rng = np.random.default_rng(0)
+    scan = head(make_grid(spacing_mm=(2, 2, 2)))
+    noisy = np.hypot(scan.data + rng.normal(0, strength, scan.data.shape),
+                     rng.normal(0, strength, scan.data.shape)).astype(np.float32)  # fmt: skip
+    for name, data in (('noisy', noisy), ('inverted', noisy.max() - noisy), ('below', noisy - 50)):
+        image.save(tmp_path / f'{name}.nii', data, scan.grid, dtype='float32')
+        np.testing.assert_array_equal(image.load_scan(tmp_path / f'{name}.nii').data, data)
+    assert not caplog.records
+
+
 def test_normalise_is_over_the_head_whatever_the_padding():
     scan = head(make_grid(spacing_mm=(3, 3, 3))).data
     result = image.normalise(scan)
