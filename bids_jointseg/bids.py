@@ -873,6 +873,7 @@ def write_tables(
     write_json(table, {'Sources': sources, 'columns': LESION_COLUMNS})
 
     brain = sum(volumes.values())
+    held = quality.get('measures', {}).get('intracranial_ml')
     table = derivative(out_dir, scan, 'seg-jointseg_morph.json')
     classes = [
         {
@@ -892,6 +893,7 @@ def write_tables(
         'Sources': sources,
         'brain_volume_mm3': round(brain, 2),
         **{f'brain_{name}': value for name, value in _ends(intervals['brain']).items()},
+        'intracranial_volume_mm3': 'n/a' if held is None else round(1000 * held, 2),
         'lesion_count': len(lesions),
         'lesion_count_3mm': count_long(lesions),
         'lesion_zones': zone_volumes(lesions),

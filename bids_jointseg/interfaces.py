@@ -301,9 +301,11 @@ class Normalise(SimpleInterface):
 
 class _SegmentInput(BaseInterfaceInputSpec):
     passes = InputMultiObject(File(), mandatory=True)
+    t1w = File(desc='conformed T1w')
     model = traits.Str(mandatory=True, nohash=True, desc="the model's card")
     sha256 = traits.Str(mandatory=True, desc='of the weights: they decide, not where they lie')
     locator = traits.Str(mandatory=True, desc='SHA-256 of what says where the brain is')
+    intracranial = traits.Str(mandatory=True, desc='SHA-256 of what says what the skull holds')
     bias = traits.Dict({}, usedefault=True, desc='of the card')
     temperature = traits.Float(1.0, usedefault=True, desc='of the card')
     fast = traits.Bool(False, usedefault=True, desc='without the mirror images')
@@ -315,23 +317,28 @@ class _SegmentInput(BaseInterfaceInputSpec):
 
 class _SegmentOutput(_PassesOutput):
     consensus = traits.Float(desc='least Dice between the members, of any pass')
+    inside = File(desc='what the skull holds by the T1w, share of each cube')
 
 
 class Segment(SimpleInterface):
-    """Run the network on the brain in every pass (:func:`.locator.predict_brain`)."""
+    """Run the network on the brain in every pass (:func:`.locator.predict_brain`).
+
+    Another one tells what the skull holds (:func:`.locator.find_inside`).
+    """
 
     input_spec = _SegmentInput
     output_spec = _SegmentOutput
 
     def _run_interface(self, runtime: Any) -> Any:
         from bids_jointseg.inference import agreement, combine, consensus
-        from bids_jointseg.locator import predict_brain
+        from bids_jointseg.locator import find_inside, predict_brain
         from bids_jointseg.network import load_model
 
         inputs = self.inputs
         card = read_card(inputs.model)
         network = load_model(card)
         passes, agreed = [], []
+        where: dict[str, Any] = {'device': inputs.device, 'threads': inputs.threads}
         for path in inputs.passes:
             images = _load(path)
             affine = images.pop('affine')
@@ -341,8 +348,7 @@ class Segment(SimpleInterface):
                 Grid(next(iter(images.values())).shape, affine),
                 window=card.window,
                 mirror=not inputs.fast,
-                device=inputs.device,
-                threads=inputs.threads,
+                **where,
             )
             # Half precision resolves far more than the 1/255 that is written in the end.
             half = combine(members, inputs.temperature).astype(np.float16)
@@ -353,6 +359,9 @@ class Segment(SimpleInterface):
             )
         self._results['consensus'] = min(agreed)
         self._results['passes'] = passes
+        if isdefined(inputs.t1w):
+            inside = find_inside(_load_volume(inputs.t1w), **where)
+            self._results['inside'] = _save('inside', affine=inside.grid.affine, data=inside.data)
         return runtime
 
 
@@ -442,6 +451,7 @@ class _QualityInput(BaseInterfaceInputSpec):
     flair_labels = File()
     doubt_mm3 = traits.Dict(mandatory=True)
     consensus = traits.Float(mandatory=True, desc='of the members of the ensemble')
+    inside = File(desc='of :class:`Segment`')
 
 
 class _QualityOutput(TraitedSpec):
@@ -457,14 +467,19 @@ class MeasureQuality(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         inputs = self.inputs
         volumes = _load_volumes(inputs)
-        reference = next(iter(volumes))
+        reference, scan = next(iter(volumes.items()))
+        labels = _load_array(getattr(inputs, f'{reference.lower()}_labels'))
         measures = quality.measure(
             volumes,
-            _load_array(getattr(inputs, f'{reference.lower()}_labels')),
+            labels,
             between=_between(inputs.transform),
             doubt_mm3=inputs.doubt_mm3,
             agreement=inputs.consensus,
         )
+        if isdefined(inputs.inside):
+            held = quality.intracranial_ml(_load_volume(inputs.inside), labels, scan)
+            if held is not None:
+                measures['intracranial_ml'] = held
         verdict, reasons = quality.judge(measures)
         self._results['quality'] = {
             'verdict': verdict,
@@ -536,7 +551,7 @@ class WriteDerivatives(SimpleInterface):
             write(f'{space}seg-jointseg_dseg.nii.gz', array, name)
             write(f'{space}label-L_mask.nii.gz', (array == LESION).astype(np.uint8), name)
         if inputs.level == 'full':
-            stripped = skull_stripped(volumes[reference], brain)
+            stripped = quality.skull_stripped(volumes[reference], brain)
             write('desc-brain_mask.nii.gz', brain.astype(np.uint8))
             probabilities = _load_array(inputs.probabilities, mmap_mode='r')
             for name, array in zip(CLASSES[1:], probabilities[1:], strict=True):
@@ -622,23 +637,6 @@ def limitations(volumes: Mapping[str, Volume]) -> list[str]:
     if 'FLAIR' in volumes:
         return []
     return ['no FLAIR: lesions are judged on the T1w alone and many are missed']
-
-
-def skull_stripped(volume: Volume, brain: NDArray[np.bool_]) -> bool:
-    """Tell whether a scan shows a brain without its head.
-
-    Scalp, face and neck are more than half as large as the brain; what a brain extraction
-    leaves beside the tissue is fluid and a rim, far less.
-
-    Parameters
-    ----------
-    volume
-        The scan.
-    brain
-        (X, Y, Z), true within the brain.
-    """
-    outside = (volume.data > image.foreground(volume.data)) & ~brain
-    return bool(outside.sum() < 0.25 * brain.sum())
 
 
 class _FiguresInput(BaseInterfaceInputSpec):
@@ -779,7 +777,8 @@ class WriteStandard(SimpleInterface):
                 grid=' x '.join(f'{mm:g}' for mm in grid.spacing_mm) + ' mm',
             )
             if 'desc-preproc' in name:
-                record['SkullStripped'] = skull_stripped(volume, _load_array(inputs.labels) > 0)
+                brain = _load_array(inputs.labels) > 0
+                record['SkullStripped'] = quality.skull_stripped(volume, brain)
             if last:
                 record['configuration'] = dict(inputs.configuration)
             options.setdefault('dtype', np.uint8)

@@ -204,6 +204,9 @@ _FREESURFER = {
     'VEN': (4, 5, 14, 15, 43, 44, 72),
 }
 
+# All that the skull holds: the fluid around the brain, vessels and chiasm are fluid as well.
+_INTRACRANIAL = _FREESURFER | {'VEN': (*_FREESURFER['VEN'], 24, 30, 62, 85)}
+
 # NiftySeg's Geodesical Information Flows (Cardoso et al., 2015), version 3 as NiftyWeb writes it
 # (labels_v3.xml; checked against two transcriptions of it). Most numbers are Neuromorphometrics'
 # plus one; the pons (35) and the posterior part of the third ventricle (47) have their own, and
@@ -241,12 +244,15 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             # 136, 137, 163 and 164 are choroid plexus or hidden tissue beside the ventricles, 31
             # and 63 choroid plexus within them, 80-82 dark spots in gray matter: what they should
             # be called is unsettled, but it is not background, so they say nothing.
-            Protocol(
-                'freesurfer',
-                _sets(
-                    _with_background(_FREESURFER, 2035),
-                    ignore=(31, 63, 80, 81, 82, 136, 137, 163, 164),
-                ),
+            *(
+                Protocol(
+                    name,
+                    _sets(
+                        _with_background(table, 2035),
+                        ignore=(31, 63, 80, 81, 82, 136, 137, 163, 164),
+                    ),
+                )
+                for name, table in (('freesurfer', _FREESURFER), ('intracranial', _INTRACRANIAL))
             ),
             Protocol('gif', _sets(_GIF, ignore=_GIF_IGNORED)),
             Protocol(

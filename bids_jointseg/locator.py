@@ -1,9 +1,10 @@
-"""Where the brain is: a first look at the whole head, in voxels of 4 mm.
+"""Where the brain is, and what the skull holds: a first look at the whole head, in cubes of 4 mm.
 
 A model looks closely at part of a head at a time, where a muscle of the neck may look like a
 cerebellum. The locator, a small network in the package that has seen nothing but whole heads,
 says where to look. What is far from the brain that it finds is background, and so is what a
-model takes for brain and connects with it only by a detour, such as muscle below the skull.
+model takes for brain and connects with it only by a detour, such as muscle below the skull. A
+second one, as small, tells what lies within the skull.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from scipy import ndimage
 from torch import nn
 
 from bids_jointseg.card import ModelCard, read_card
-from bids_jointseg.image import Grid, Volume, call_background, keep_brain, resample
+from bids_jointseg.image import (
+    Grid,
+    Volume,
+    call_background,
+    cropped,
+    keep_brain,
+    normalise,
+    resample,
+)
 from bids_jointseg.inference import combine, predict
 from bids_jointseg.network import load_model
 
@@ -34,8 +43,8 @@ LEAST_ML = 200.0
 
 
 @cache
-def _locator() -> tuple[nn.Module, ModelCard]:
-    card = read_card('locator')
+def _model(name: str) -> tuple[nn.Module, ModelCard]:
+    card = read_card(name)
     return load_model(card), card
 
 
@@ -113,21 +122,14 @@ def find_brain(
         The part, and two masks of its shape: the brain by the locator, and all that is near it.
         Of images that show no brain all three are the whole of them.
     """
-    network, card = _locator()
-    assert card.window is not None  # noqa: S101
-    cubes = head_grid(grid, card.in_plane_mm, card.window)
-    seen = {}
-    for name, image in images.items():
-        air = image.min()
-        seen[name] = resample(Volume(image - air, grid), cubes, threads=threads) + air
-    members = _alike(network, seen, card.window, device)
+    background, cubes = _first_look('locator', images, grid, device=device, threads=threads)
     # Fluid within is part of it, however large the ventricles are.
-    brain = ndimage.binary_fill_holes(keep_brain(combine(members), cubes)[0] < 1 - SUSPECTED)
-    if brain.sum() * card.in_plane_mm**3 < 1000 * LEAST_ML:
+    brain = ndimage.binary_fill_holes(background < 1 - SUSPECTED)
+    if brain.sum() * cubes.spacing_mm.prod() < 1000 * LEAST_ML:
         x, y, z = (slice(0, size) for size in grid.shape)
         return (x, y, z), np.ones(grid.shape, bool), np.ones(grid.shape, bool)
     around = (
-        ndimage.binary_dilation(brain, iterations=round(millimetres / card.in_plane_mm))
+        ndimage.binary_dilation(brain, iterations=round(millimetres / cubes.spacing_mm[0]))
         for millimetres in (NEAR_MM, SHOWN_MM)
     )
     brain, near, shown = (
@@ -136,6 +138,42 @@ def find_brain(
     )
     ((x, y, z),) = ndimage.find_objects(shown.view(np.uint8))
     return (x, y, z), brain[x, y, z], near[x, y, z]
+
+
+def find_inside(t1w: Volume, *, device: str = 'auto', threads: int | None = None) -> Volume:
+    """Return which share of each cube of 4 mm the skull holds, with the canal of the spine.
+
+    Parameters
+    ----------
+    t1w
+        Of a head, with its skull.
+    device, threads
+        See :func:`find_brain`.
+    """
+    head = cropped(t1w, margin_mm=6.0)
+    seen = {'T1w': normalise(head.data)}
+    outside, cubes = _first_look('intracranial', seen, head.grid, device=device, threads=threads)
+    return Volume(1 - outside, cubes)
+
+
+def _first_look(
+    name: str,
+    images: Mapping[str, NDArray[np.float32]],
+    grid: Grid,
+    *,
+    device: str,
+    threads: int | None,
+) -> tuple[NDArray[np.float32], Grid]:
+    """Return the probability that cubes over the head are background, and their grid."""
+    network, card = _model(name)
+    assert card.window is not None  # noqa: S101
+    cubes = head_grid(grid, card.in_plane_mm, card.window)
+    seen = {}
+    for modality, image in images.items():
+        air = image.min()
+        seen[modality] = resample(Volume(image - air, grid), cubes, threads=threads) + air
+    members = _alike(network, seen, card.window, device)
+    return keep_brain(combine(members), cubes)[0], cubes
 
 
 def _alike(

@@ -40,6 +40,9 @@ BRIGHTNESS = {
     'WM': 1.0, 'L': 1.0, 'BS': 0.9, 'SGM': 0.8, 'CGM': 0.6, 'CBM': 0.5, 'VEN': 0.25,
 }  # fmt: skip
 """Of each label where a brain is compared with its mirror image: about that of a T1w."""
+CUT_INSIDE_MM2 = 6500.0
+"""Of what the skull holds, 6 mm from the border of a scan, from which its volume is not told: of a
+ball of 75 mm, the cap that is cut off would be 1 %."""
 COARSE_MM = 2.5
 """Voxels of the scans whose information is compared."""
 
@@ -254,6 +257,59 @@ def measure(
         other = volumes['FLAIR']
         found |= _alignment(scan, other, brain, between['T1w', 'FLAIR'], mirror)
     return found
+
+
+def intracranial_ml(inside: Volume, labels: NDArray[np.uint8], scan: Volume) -> float | None:
+    """Return the volume within the skull, down to the lowest part of the cerebellum, ml.
+
+    Parameters
+    ----------
+    inside
+        Share of each cube that the skull holds, from :func:`.locator.find_inside`.
+    labels
+        (X, Y, Z) on the grid of the scan, values of :data:`.labels.LABELS`.
+    scan
+        That was segmented.
+
+    Returns
+    -------
+    float | None
+        None of a scan without its skull, or which ends within it (:data:`CUT_INSIDE_MM2`).
+    """
+    cerebellum = np.argwhere(labels == INDEX['CBM'])
+    if len(cerebellum) < LEAST_TISSUE or skull_stripped(scan, labels > 0):
+        return None
+    cubes, grid = inside.grid, scan.grid
+    heights = image.transformed(np.linalg.inv(cubes.affine) @ grid.affine, cerebellum)[:, 2]
+    # Of a thousand voxels one may be stray.
+    above = np.arange(cubes.shape[2]) + 0.5 - np.percentile(heights, 0.1)
+    everywhere = np.argwhere(np.ones(cubes.shape, bool))
+    voxels = image.transformed(np.linalg.inv(grid.affine) @ cubes.affine, everywhere)
+    seen = ((voxels >= -0.5) & (voxels <= np.array(grid.shape) - 0.5)).all(axis=1)
+    seen = seen.reshape(cubes.shape)
+    share = np.where(seen, inside.data * above.clip(0, 1), 0)
+    # On the border itself the network is unsure.
+    near = ndimage.binary_erosion(seen) & ~ndimage.binary_erosion(seen, iterations=2)
+    if (share[near] > 0.5).sum() * cubes.spacing_mm[0] ** 2 > CUT_INSIDE_MM2:
+        return None
+    return float(share.sum() * cubes.spacing_mm.prod() / 1000)
+
+
+def skull_stripped(volume: Volume, brain: NDArray[np.bool_]) -> bool:
+    """Tell whether a scan shows a brain without its head.
+
+    Scalp, face and neck are more than half as large as the brain; what a brain extraction
+    leaves beside the tissue is fluid and a rim, far less.
+
+    Parameters
+    ----------
+    volume
+        The scan.
+    brain
+        (X, Y, Z), true within the brain.
+    """
+    outside = (volume.data > image.foreground(volume.data)) & ~brain
+    return bool(outside.sum() < 0.25 * brain.sum())
 
 
 def judge(measures: Mapping[str, float]) -> tuple[str, list[str]]:

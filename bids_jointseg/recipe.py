@@ -37,7 +37,7 @@ SHARES = (
     'strip_share', 'borrow_share', 'view_share',
 )  # fmt: skip
 """Of settings that are a number, those that have a limit beside being at least zero."""
-PAINTABLE = ('freesurfer', 'neuromorphometrics')
+PAINTABLE = ('freesurfer', 'intracranial', 'neuromorphometrics')
 """Protocols of which :mod:`bids_jointseg.synth` knows what tissue every label is."""
 
 

@@ -283,6 +283,7 @@ def _volumes(table: Path) -> dict[str, Any]:
         'brain_mm3': record.get('brain_volume_mm3', 'n/a'),
         'brain_low_mm3': record.get('brain_low_mm3', 'n/a'),
         'brain_high_mm3': record.get('brain_high_mm3', 'n/a'),
+        'intracranial_mm3': record.get('intracranial_volume_mm3', 'n/a'),
         'zones': record.get('lesion_zones', {}),
         'verdict': record.get('quality', {}).get('verdict', 'n/a'),
         'measures': _judged(record.get('quality', {}).get('measures', {})),
@@ -413,6 +414,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
     measures = (
         'quality',
         'brain_mm3',
+        'intracranial_mm3',
         *(f'{label.abbreviation}_mm3' for label in CLASSES),
         'lesion_count',
         'lesion_count_3mm',
@@ -440,6 +442,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
             yield identity(table) | {
                 'quality': found['verdict'],
                 'brain_mm3': found['brain_mm3'],
+                'intracranial_mm3': found['intracranial_mm3'],
                 **{
                     f'{label.abbreviation}_mm3': found['volumes'][label.abbreviation]['volume_mm3']
                     for label in CLASSES
@@ -479,6 +482,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         'scan': {'Description': 'Start of the names of all results of the scan'},
         'quality': {'Description': 'Verdict of the quality control: pass, check or fail'},
         'brain_mm3': {'Description': 'The six tissues and the lesions', 'Units': 'mm^3'},
+        'intracranial_mm3': {'Description': 'What the skull holds', 'Units': 'mm^3'},
         **{
             f'{label.abbreviation}_mm3': {'Description': label.name, 'Units': 'mm^3'}
             for label in CLASSES

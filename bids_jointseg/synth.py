@@ -78,7 +78,8 @@ def kinds_of(protocol: str, label_map: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     protocol
-        `freesurfer` (whole heads with extracerebral classes from 500) or `neuromorphometrics`.
+        `freesurfer` or `intracranial` (whole heads with extracerebral classes from 500), or
+        `neuromorphometrics`.
     label_map
         Source labels.
     """
@@ -128,7 +129,12 @@ _SOURCES: dict[str, dict[str, tuple[int, ...]]] = {
         'vessel or chiasm': (63, 64, 69),
     },
 }
-_OTHER = {'freesurfer': KIND['soft tissue'], 'neuromorphometrics': CSF}
+_SOURCES['intracranial'] = _SOURCES['freesurfer']
+_OTHER = {
+    'freesurfer': KIND['soft tissue'],
+    'intracranial': KIND['soft tissue'],
+    'neuromorphometrics': CSF,
+}
 
 
 @dataclass(frozen=True)

@@ -158,9 +158,14 @@ def test_jointseg_finds_the_lesions(dataset, record_property):
     control = 'sub-02/anat/sub-02_label-L_mask.nii.gz'
     # From a T1w alone, of a head that is painted around an average brain: 1416 mm3 in 0.1.0.
     assert load(derivatives, control).sum() < 2500  # mm3
+    held = []
     for table in derivatives.rglob('*_seg-jointseg_morph.json'):
-        volume_ml = json.loads(table.read_text())['brain_volume_mm3'] / 1000
-        assert 1000 < volume_ml < 2000, table.name
+        record = json.loads(table.read_text())
+        assert 1e6 < record['brain_volume_mm3'] < 2e6, table.name
+        if record['intracranial_volume_mm3'] != 'n/a':  # there is a T1w
+            held.append(record['intracranial_volume_mm3'] / record['brain_volume_mm3'])
+    assert len(held) == 2
+    assert all(1.1 < ratio < 1.3 for ratio in held), held
 
     scores = {}
     for name in sorted(MASKS - {control}):

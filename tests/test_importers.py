@@ -178,7 +178,7 @@ def test_labels_of_ones_own(tmp_path, protocol, labels, expected):
 
 def test_every_column_of_the_papers_table_has_its_recipe():
     papers = ['paper', 'paper-m', 'paper-n', 'paper-w', 'paper-wn']
-    assert NAMES == ['jointseg', 'locator', 'open', *papers]
+    assert NAMES == ['intracranial', 'jointseg', 'locator', 'open', *papers]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -208,6 +208,7 @@ def test_streams_of_the_packaged_recipes():
             'openms-mni': 'masks',
             'openms': 'unlabelled',
         },
+        'intracranial': {'heads': 'lesions', 'openms-mni': 'masks'},
         'locator': {'heads': 'lesions', 'openms-mni': 'masks'},
         'open': {'heads': 'lesions', 'openms-mni': 'masks', 'openms': 'unlabelled'},
         'paper': {

@@ -1,7 +1,8 @@
-"""Where the brain is: found in a whole head, whatever its axes; elsewhere is background."""
+"""Where the brain is, and what the skull holds: found in a whole head, whatever its axes."""
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bids_jointseg import image, locator
 from bids_jointseg.card import read_card
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import CLASSES
-from bids_jointseg.locator import find_brain, head_grid, predict_brain
+from bids_jointseg.locator import find_brain, find_inside, head_grid, predict_brain
 from bids_jointseg.recipe import read_recipe, tuples
 
 MM = 3.0
@@ -47,8 +48,9 @@ def head() -> tuple[np.ndarray, np.ndarray, Grid]:
     return (data + 0.02 * draw.normal(size=grid.shape)).astype(np.float32).clip(0), inside, grid
 
 
-def test_the_packaged_locator_is_of_its_recipe():
-    card, recipe = read_card('locator'), read_recipe('locator')
+@pytest.mark.parametrize('name', ['locator', 'intracranial'])
+def test_the_packaged_locator_is_of_its_recipe(name):
+    card, recipe = read_card(name), read_recipe(name)
     assert card.licence == recipe.licence == 'CC BY 4.0'
     assert tuples(card.architecture) == recipe.architecture
     assert (card.in_plane_mm, card.slice_mm) == (recipe.in_plane_mm, recipe.slice_mm)
@@ -60,8 +62,6 @@ def test_the_packaged_locator_is_of_its_recipe():
 @pytest.mark.parametrize('axes', ['RAS', 'LIA', 'SRA'])
 def test_the_brain_is_found_and_the_neck_left_out(head, axes):
     data, inside, grid = head
-    import nibabel as nib
-
     turn = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes)
     )
@@ -80,6 +80,24 @@ def test_the_brain_is_found_and_the_neck_left_out(head, axes):
     assert (data[found] > 0).mean() > 0.5
     (shown,) = ndimage.find_objects(found.view(np.uint8))
     assert all(a.start <= b.start and b.stop <= a.stop for a, b in zip(part, shown, strict=True))
+
+
+@pytest.mark.parametrize('axes', ['RAS', 'LIA', 'SRA'])
+def test_what_the_skull_holds_is_found(head, axes):
+    """The brain, its fluid, and no more; whichever way the axes point."""
+    data, inside, grid = head
+    held = ndimage.distance_transform_edt(~inside, sampling=grid.spacing_mm) <= 4
+    found = find_inside(Volume(data, grid), device='cpu')
+    assert found.grid.spacing_mm == pytest.approx([4, 4, 4])
+    there = image.resample(found, grid)
+    assert 2 * np.minimum(there, held).sum() > 0.9 * (there.sum() + held.sum())
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes)
+    )
+    affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
+    turned = nib.orientations.apply_orientation(data, turn)
+    again = find_inside(Volume(turned, Grid(turned.shape, affine)), device='cpu')
+    assert again.data.sum() == pytest.approx(found.data.sum(), rel=1e-3)
 
 
 def test_threads_do_not_move_what_is_looked_at(head):

@@ -185,6 +185,33 @@ def test_a_brain_that_is_not_there_fails_without_an_error(truth):
     assert set(measures) == {'brain_ml', 'cut_mm2'}
 
 
+@pytest.mark.parametrize('frame', ['RAS', 'PSR'])
+def test_what_the_skull_holds_down_to_the_cerebellum(frame):
+    """Half a ball of which the cubes on its border are half full; a canal goes on below."""
+    grid = make_grid(frame, (2, 2, 2), 220)
+    cubes = make_grid('RAS', (4, 4, 4), 260)
+    x, y, z = np.moveaxis(points(cubes) - (10, -20, 30), -1, 0)
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    inside = ((70 - radius) / 4 + 0.5).clip(0, 1)
+    inside[(np.hypot(x, y) < 12) & (z < 0)] = 1
+    inside = Volume(inside.astype(np.float32), cubes)
+    labels = np.zeros(grid.shape, np.uint8)
+    cerebellum = ball(grid, (0, -40, 20), (30, 20, 20))
+    labels[ball(grid, (0, 0, 10), (60, 60, 50))] = INDEX['CGM']
+    labels[cerebellum] = INDEX['CBM']
+    scan = Volume(np.where(ball(grid, radii=(100, 100, 100)), 100, 0).astype(np.float32), grid)
+    heights = np.arange(np.percentile(points(grid)[cerebellum][:, 2] - 30, 0.1), 71, 0.1)
+    expected = (np.pi * (70**2 - heights**2).clip(0)).sum() * 0.1 / 1000
+    assert quality.intracranial_ml(inside, labels, scan) == pytest.approx(expected, rel=0.01)
+
+    bare = Volume(np.where(labels > 0, scan.data, 0), grid)
+    assert quality.intracranial_ml(inside, labels, bare) is None
+    half = (slice(grid.shape[0] // 2, None), slice(None), slice(None))
+    cut = Volume(scan.data[half], grid.part(half))
+    assert quality.intracranial_ml(inside, labels[half], cut) is None
+    assert quality.intracranial_ml(inside, np.where(cerebellum, 0, labels), scan) is None
+
+
 def test_a_verdict_follows_from_the_limits():
     rule = quality.Rule('x', '', 1, 2, True, '')
     assert [rule.verdict(x) for x in (1, 1.5, 2.5, math.nan)] == ['pass', 'check', 'fail', 'pass']

@@ -55,6 +55,7 @@ def write_scan(out, stem, volumes=None, lesions=(), flags=()):
     zones['deep'] = {'count': len(lesions), 'volume_mm3': sum(lesions)}
     record = {
         'brain_volume_mm3': brain,
+        'intracranial_volume_mm3': 1.25 * brain if lesions else 'n/a',
         'lesion_count': len(lesions),
         'lesion_count_3mm': len(lesions) // 2,
         'lesion_zones': zones,
@@ -157,7 +158,9 @@ def test_subject_page(results):
             assert attributes['width'] == '1200'
     words = html.unescape(re.sub(r'<[^>]+>', ' ', text))
     assert 'FLAIR & T1w: <script>alert("moved")</script>' in words
-    assert '1 332' in re.sub('\u202f', ' ', words)  # ml of brain
+    numbers = re.sub('\u202f', ' ', words)
+    assert '1 332' in numbers  # ml of brain
+    assert re.findall(r'Within the skull +([\d ]+\d)', numbers) == ['1 665']  # of one scan
     assert 'The other 5 lesions' in words
     assert 'ab' * 32 in words
     assert '--participant-label <01>' in words
@@ -241,6 +244,7 @@ def test_group_tables(tmp_path, caplog):
     rows = read(paths[0])
     assert list(rows[0]) == [
         *('participant_id', 'session_id', 'run', 'scan', 'quality', 'brain_mm3'),
+        'intracranial_mm3',
         *(f'{label.abbreviation}_mm3' for label in LABELS[1:]),
         *('lesion_count', 'lesion_count_3mm'),
         *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),
@@ -249,6 +253,8 @@ def test_group_tables(tmp_path, caplog):
     assert len(rows) == 13
     assert 'sub-yy_seg-jointseg_morph.tsv: left out' in caplog.text
     assert rows[5]['run'] == '1'
+    assert float(rows[5]['intracranial_mm3']) == 1.25 * float(rows[5]['brain_mm3'])
+    assert rows[0]['intracranial_mm3'] == 'n/a'
     assert rows[6]['flags'] == 'thick; <slices>'
     assert rows[5]['L_deep_count'] == '5'
     assert (rows[5]['lesion_count'], rows[5]['lesion_count_3mm']) == ('5', '2')

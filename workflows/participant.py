@@ -305,7 +305,10 @@ def init_scan_wf(
             ('flair_labels', 'flair_labels'),
             ('doubt_mm3', 'doubt_mm3'),
         ]),
-        (workflow.get_node('segment'), quality, [('consensus', 'consensus')]),
+        (workflow.get_node('segment'), quality, [
+            ('consensus', 'consensus'),
+            ('inside', 'inside'),
+        ]),
         (quality, write, [('quality', 'quality')]),
         (check, figures, [('t1w', 't1w'), ('flair', 'flair')]),
         (to_native, figures, [
@@ -534,7 +537,8 @@ def add_segmentation(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
-            locator=_locator().sha256,
+            locator=_first_look('locator').sha256,
+            intracranial=_first_look('intracranial').sha256,
             bias=dict(card.bias),
             temperature=card.temperature,
             fast=fast,
@@ -551,6 +555,7 @@ def add_segmentation(
     workflow.connect([
         (resample, normalise, [('passes', 'passes')]),
         (normalise, segment, [('passes', 'passes')]),
+        (check, segment, [('t1w', 't1w')]),
         (segment, to_native, [('passes', 'passes')]),
         (check, to_native, [('t1w', 't1w'), ('flair', 'flair')]),
     ])  # fmt: skip
@@ -697,9 +702,9 @@ def _memory_gb(scan: Scan) -> float:
 
 
 @cache
-def _locator() -> ModelCard:
-    """Return the card of what finds the brain; it is read once, not for each scan."""
-    return read_card('locator')
+def _first_look(name: str) -> ModelCard:
+    """Return the card of what sees the whole head; it is read once, not for each scan."""
+    return read_card(name)
 
 
 _INTRODUCTION = """\
@@ -711,15 +716,16 @@ intensities scaled to zero mean and unit variance over the head{landmarks}. The 
 subset of modalities, the features of which are averaged [@hemis]. It was shown the brain and \
 what is near it, as found by a smaller network that learned from synthetic heads alone, after \
 @synthstrip (`{locator.name}` {locator.version}, SHA-256 `{locator.sha256}`). Volumes are those \
-of the labels; lesions were counted as 26-connected groups of voxels."""
+of the labels; what the skull holds, down to the cerebellum, was told by another such network \
+(`{intracranial.name}` {intracranial.version}, SHA-256 `{intracranial.sha256}`); lesions were \
+counted as 26-connected groups of voxels."""
 
 
 def _introduce(card: ModelCard) -> str:
     """Return what the description says of all scans."""
     landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
-    return _INTRODUCTION.format(
-        version=__version__, card=card, landmarks=landmarks, locator=_locator()
-    )
+    looks = {name: _first_look(name) for name in ('locator', 'intracranial')}
+    return _INTRODUCTION.format(version=__version__, card=card, landmarks=landmarks, **looks)
 
 
 def _describe_spaces(spaces: Sequence[StandardSpace]) -> str:
