@@ -230,8 +230,8 @@ def _without_bright_air(path: str | os.PathLike[str], data: Float32, grid: Grid)
     The uniform image of MP2RAGE (``UNIT1``) is a ratio of two images (Marques et al., 2010, eq.
     3), in air any number from -0.5 to 0.5 with the same probability, which many programs store
     as 0 to 4095. There is such air where the corners of the scan are mostly brighter than what
-    separates head from air, and vary as much as that; and it is where noise is more than half as
-    strong as there, averaged over :data:`NOISY_MM`.
+    separates head from air, and vary as much as that, from voxel to voxel; and it is where noise
+    is more than half as strong as there, averaged over :data:`NOISY_MM`.
     """
     lifted = data - min(float(data.min()), 0)
     spans = [(slice(0, size // 12 + 1), slice(-(size // 12) - 1, None)) for size in data.shape]
@@ -243,8 +243,9 @@ def _without_bright_air(path: str | os.PathLike[str], data: Float32, grid: Grid)
         return data
     noise = (lifted - ndimage.uniform_filter(lifted, 3)) ** 2
     noise = ndimage.uniform_filter(noise, np.maximum(5, np.rint(NOISY_MM / grid.spacing_mm)))
-    air = noise > np.median(np.concatenate([noise[corner].ravel() for corner in corners])) / 2
-    if air.all():
+    level = np.median(np.concatenate([noise[corner].ravel() for corner in corners]))
+    air = noise > level / 2
+    if level < values.var() / 3 or air.all():  # the corners are alike within, or there is no head
         return data
     LOGGER.warning(
         '%s: the air is noise as bright as the head, as in a uniform MP2RAGE image: it is set to '
