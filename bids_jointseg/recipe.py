@@ -586,8 +586,9 @@ def _check_source(source: Source, recipe: Recipe) -> None:
     if source.suffix not in SUFFIXES:
         raise RecipeError(f'{name}: suffix is {source.suffix!r}: choose {" or ".join(SUFFIXES)}')
     if source.painted and source.annotation and source.protocol not in PAINTABLE:
+        *others, last = PAINTABLE
         raise RecipeError(
-            f'{name}: scans are painted from the protocols {" and ".join(PAINTABLE)} alone'
+            f'{name}: scans are painted from the protocols {", ".join(others)} and {last} alone'
         )
     fine = recipe.in_plane_mm == 1 or are_cubes(recipe.in_plane_mm, recipe.slice_mm)
     if source.painted and not fine:

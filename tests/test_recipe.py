@@ -114,7 +114,7 @@ TISSUE = f"{SOURCE}modalities = ['T1w']\nannotation = '.'\nprotocol = 'freesurfe
         (f"{HEAD}{SOURCE}annotation = '.'", 'give both annotation.*and protocol'),
         (
             f"{HEAD}{SOURCE}annotation = '.'\nprotocol = 'gif'\npainted = ['T1w']",
-            'painted from the protocols freesurfer and neuromorphometrics alone',
+            'painted from the protocols freesurfer, intracranial and neuromorphometrics alone',
         ),
         (
             f"in_plane_mm = 2.0\nslice_mm = [2.0, 4.0]\n{HEAD}{SOURCE}annotation = '.'\n"
