@@ -233,7 +233,10 @@ def _without_bright_air(path: str | os.PathLike[str], data: Float32, grid: Grid)
     separates head from air, and vary as much as that, from voxel to voxel; and it is where noise
     is more than half as strong as there, averaged over :data:`NOISY_MM`.
     """
-    lifted = data - min(float(data.min()), 0)
+    least = min(float(data.min()), 0)
+    if float(data.max()) - least > 1e9:  # no scanner's numbers, whose squares would be infinite
+        return data
+    lifted = data - least
     spans = [(slice(0, size // 12 + 1), slice(-(size // 12) - 1, None)) for size in data.shape]
     corners = list(itertools.product(*spans))
     values = np.concatenate([lifted[corner].ravel() for corner in corners])

@@ -207,6 +207,14 @@ def test_the_dark_air_of_other_scans_is_left_alone(tmp_path, strength, caplog):
     assert not caplog.records
 
 
+def test_noise_up_to_the_limits_of_float32_stays_finite(tmp_path):
+    numbers = np.random.default_rng(0).uniform(-3e38, 3e38, (20, 20, 20)).astype(np.float32)
+    numbers[5:15, 5:15, 5:15] = 1e38
+    grid = make_grid(spacing_mm=(8, 8, 8), extent_mm=160)
+    image.save(tmp_path / 'a.nii', numbers, grid, dtype='float32')
+    np.testing.assert_array_equal(image.load_scan(tmp_path / 'a.nii').data, numbers)
+
+
 def test_normalise_is_over_the_head_whatever_the_padding():
     scan = head(make_grid(spacing_mm=(3, 3, 3))).data
     result = image.normalise(scan)
