@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import annotated, paint_heads, resliced
-from calibration import segment
+from calibration import PAINTINGS, SLICE_MM, segment
 
 from bids_jointseg import image
 from bids_jointseg.bids import annotated_scans
@@ -29,9 +29,6 @@ from bids_jointseg.locator import find_inside
 from bids_jointseg.network import load_model
 from bids_jointseg.quality import INDEX, intracranial_ml
 from bids_jointseg.recipe import read_recipe
-
-SEEDS = (0, 100, 200, 300)
-SLICE_MM = 4.0
 
 
 def main() -> None:
@@ -64,7 +61,7 @@ def _painted(data: Path, out: Path, part: str) -> list[dict[str, object]]:
         if item.annotation
     }
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for seed in SEEDS:
+    for seed in PAINTINGS:
         folder = out / f'{part}{seed}'
         cases = paint_heads(sources['heads'], sources['openms-mni'], data, part, folder, seed=seed)
         for head, case in cases.items():

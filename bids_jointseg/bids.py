@@ -2,8 +2,8 @@
 
 One result per T1w; a FLAIR of the same session goes with it, and a FLAIR that no T1w takes is
 processed alone (:func:`pair`). The uniform image of MP2RAGE (`UNIT1`) is the T1w of a session that
-has no other. Results form a BIDS derivative dataset. A file appears whole or
-not at all, so several processes may write to one dataset.
+has no other. Results form a BIDS derivative dataset. A file appears whole or not at all, so
+several processes may write to one dataset.
 """
 
 from __future__ import annotations

@@ -48,6 +48,16 @@ def head() -> tuple[np.ndarray, np.ndarray, Grid]:
     return (data + 0.02 * draw.normal(size=grid.shape)).astype(np.float32).clip(0), inside, grid
 
 
+def turned(axes: str, grid: Grid, *arrays: np.ndarray) -> tuple:
+    """Return the grid and the arrays on it, which are in RAS, with other axes."""
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes)
+    )
+    affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
+    found = [nib.orientations.apply_orientation(array, turn) for array in arrays]
+    return Grid(found[0].shape, affine), *found
+
+
 @pytest.mark.parametrize('name', ['locator', 'intracranial'])
 def test_the_packaged_locator_is_of_its_recipe(name):
     card, recipe = read_card(name), read_recipe(name)
@@ -62,12 +72,7 @@ def test_the_packaged_locator_is_of_its_recipe(name):
 @pytest.mark.parametrize('axes', ['RAS', 'LIA', 'SRA'])
 def test_the_brain_is_found_and_the_neck_left_out(head, axes):
     data, inside, grid = head
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes)
-    )
-    data, inside = (nib.orientations.apply_orientation(x, turn) for x in (data, inside))
-    affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
-    grid = Grid(data.shape, affine)
+    grid, data, inside = turned(axes, grid, data, inside)
     part, brain, near = find_brain({'T1w': image.normalise(data)}, grid, device='cpu')
     assert brain.shape == near.shape == grid.part(part).shape
     assert near[brain].all()
@@ -91,12 +96,8 @@ def test_what_the_skull_holds_is_found(head, axes):
     assert found.grid.spacing_mm == pytest.approx([4, 4, 4])
     there = image.resample(found, grid)
     assert 2 * np.minimum(there, held).sum() > 0.9 * (there.sum() + held.sum())
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes)
-    )
-    affine = grid.affine @ nib.orientations.inv_ornt_aff(turn, grid.shape)
-    turned = nib.orientations.apply_orientation(data, turn)
-    again = find_inside(Volume(turned, Grid(turned.shape, affine)), device='cpu')
+    grid, data = turned(axes, grid, data)
+    again = find_inside(Volume(data, grid), device='cpu')
     assert again.data.sum() == pytest.approx(found.data.sum(), rel=1e-3)
 
 
