@@ -894,6 +894,9 @@ def write_tables(
         'brain_volume_mm3': round(brain, 2),
         **{f'brain_{name}': value for name, value in _ends(intervals['brain']).items()},
         'intracranial_volume_mm3': 'n/a' if held is None else round(1000 * held, 2),
+        'parenchyma_percent': 'n/a'
+        if held is None
+        else round((brain - volumes['VEN']) / (10 * held), 4),
         'lesion_count': len(lesions),
         'lesion_count_3mm': count_long(lesions),
         'lesion_zones': zone_volumes(lesions),

@@ -284,6 +284,7 @@ def _volumes(table: Path) -> dict[str, Any]:
         'brain_low_mm3': record.get('brain_low_mm3', 'n/a'),
         'brain_high_mm3': record.get('brain_high_mm3', 'n/a'),
         'intracranial_mm3': record.get('intracranial_volume_mm3', 'n/a'),
+        'parenchyma_percent': record.get('parenchyma_percent', 'n/a'),
         'zones': record.get('lesion_zones', {}),
         'verdict': record.get('quality', {}).get('verdict', 'n/a'),
         'measures': _judged(record.get('quality', {}).get('measures', {})),
@@ -415,6 +416,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         'quality',
         'brain_mm3',
         'intracranial_mm3',
+        'parenchyma_percent',
         *(f'{label.abbreviation}_mm3' for label in CLASSES),
         'lesion_count',
         'lesion_count_3mm',
@@ -443,6 +445,7 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
                 'quality': found['verdict'],
                 'brain_mm3': found['brain_mm3'],
                 'intracranial_mm3': found['intracranial_mm3'],
+                'parenchyma_percent': found['parenchyma_percent'],
                 **{
                     f'{label.abbreviation}_mm3': found['volumes'][label.abbreviation]['volume_mm3']
                     for label in CLASSES
@@ -483,6 +486,10 @@ def group_tables(out_dir: Path) -> tuple[Path, ...]:
         'quality': {'Description': 'Verdict of the quality control: pass, check or fail'},
         'brain_mm3': {'Description': 'The six tissues and the lesions', 'Units': 'mm^3'},
         'intracranial_mm3': {'Description': 'What the skull holds', 'Units': 'mm^3'},
+        'parenchyma_percent': {
+            'Description': 'The brain without its ventricles, of what the skull holds',
+            'Units': '%',
+        },
         **{
             f'{label.abbreviation}_mm3': {'Description': label.name, 'Units': 'mm^3'}
             for label in CLASSES
@@ -547,16 +554,22 @@ def group_report(out_dir: Path) -> Path:
         **{f'{label.abbreviation}_mm3': label.name for label in CLASSES},
         'lesion_count': 'Number of lesions',
     }
+    # Of scans with their skulls; the table of all scans has no room for them.
+    beside = {
+        'intracranial_mm3': 'Within the skull',
+        'parenchyma_percent': 'Brain without ventricles, of what the skull holds',
+    }
+    beside = {k: v for k, v in beside.items() if any(_known(row.get(k)) for row in scans)}
     strips, unusual = [], []
     sides: dict[tuple[int, str], str] = {}
-    for name, title in columns.items():
-        divisor, unit = (1000, ' ml') if name.endswith('_mm3') else (1, '')
+    for name, title in (columns | beside).items():
+        divisor, digits, unit = _unit(name)
         values = [_float(row[name]) / divisor for row in scans]
         median, low, high = usual_range(values, skewed=name in ('L_mm3', 'lesion_count'))
         marks = [k for k, value in enumerate(values) if value < low or value > high]
 
-        def text(value: float, unit: str = unit) -> str:
-            return _number(value, 2 if unit else 0) + unit
+        def text(value: float, digits: int = digits, unit: str = unit) -> str:
+            return _number(value, digits) + unit
 
         for k in marks:
             sides[k, name] = 'low' if values[k] < low else 'high'
@@ -582,12 +595,11 @@ def group_report(out_dir: Path) -> Path:
             'cells': [
                 {
                     'raw': row[name],
-                    'text': _number(_float(row[name]) / 1000, 2)
-                    if name.endswith('_mm3')
-                    else _number(row[name]),
+                    'text': _number(_float(row[name]) / divisor, digits),
                     'side': sides.get((k, name), ''),
                 }
                 for name in columns
+                for divisor, digits, _ in [_unit(name)]
             ],
         }
         for k, row in enumerate(scans)
@@ -605,6 +617,13 @@ def group_report(out_dir: Path) -> Path:
         version=__version__,
     )
     return write_text(out_dir / 'group.html', page)
+
+
+def _unit(column: str) -> tuple[int, int, str]:
+    """Return by what a column of the table is divided on the page, its digits and its unit."""
+    if column.endswith('_mm3'):
+        return 1000, 2, ' ml'
+    return (1, 1, ' %') if column.endswith('_percent') else (1, 0, '')
 
 
 def _maps(out_dir: Path) -> list[dict[str, Any]]:

@@ -56,6 +56,7 @@ def write_scan(out, stem, volumes=None, lesions=(), flags=()):
     record = {
         'brain_volume_mm3': brain,
         'intracranial_volume_mm3': 1.25 * brain if lesions else 'n/a',
+        'parenchyma_percent': 78.9 if lesions else 'n/a',
         'lesion_count': len(lesions),
         'lesion_count_3mm': len(lesions) // 2,
         'lesion_zones': zones,
@@ -244,7 +245,7 @@ def test_group_tables(tmp_path, caplog):
     rows = read(paths[0])
     assert list(rows[0]) == [
         *('participant_id', 'session_id', 'run', 'scan', 'quality', 'brain_mm3'),
-        'intracranial_mm3',
+        *('intracranial_mm3', 'parenchyma_percent'),
         *(f'{label.abbreviation}_mm3' for label in LABELS[1:]),
         *('lesion_count', 'lesion_count_3mm'),
         *(f'L_{zone}_{name}' for zone in ZONES for name in ('count', 'mm3')),
@@ -254,7 +255,8 @@ def test_group_tables(tmp_path, caplog):
     assert 'sub-yy_seg-jointseg_morph.tsv: left out' in caplog.text
     assert rows[5]['run'] == '1'
     assert float(rows[5]['intracranial_mm3']) == 1.25 * float(rows[5]['brain_mm3'])
-    assert rows[0]['intracranial_mm3'] == 'n/a'
+    assert float(rows[5]['parenchyma_percent']) == 78.9
+    assert rows[0]['intracranial_mm3'] == rows[0]['parenchyma_percent'] == 'n/a'
     assert rows[6]['flags'] == 'thick; <slices>'
     assert rows[5]['L_deep_count'] == '5'
     assert (rows[5]['lesion_count'], rows[5]['lesion_count_3mm']) == ('5', '2')
@@ -287,8 +289,18 @@ def test_group_page(tmp_path):
     )
     assert 'thick; &lt;slices&gt;' in text
     assert {f'sub-{number:02d}.html' for number in range(12)} <= set(page.links)
-    assert text.count('<svg') == 9
+    assert text.count('<svg') == 11
+    assert 'aria-label="Within the skull: 11 scans' in text
+    assert 'median 78.9 %' in text
     assert reports.group_report(tmp_path).read_text(encoding='utf-8') == text
+
+
+def test_the_page_of_scans_without_skulls_is_silent_about_them(tmp_path):
+    for name in ('sub-1', 'sub-2'):
+        write_scan(tmp_path, name)
+    text = reports.group_report(tmp_path).read_text(encoding='utf-8')
+    assert text.count('<svg') == 9
+    assert 'skull' not in text
 
 
 @pytest.mark.parametrize('count', [1, 2])
