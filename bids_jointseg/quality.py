@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import minimize
 
-from bids_jointseg import image
+from bids_jointseg import coil, image
 from bids_jointseg.image import Grid, Volume
 from bids_jointseg.labels import LABELS, TISSUES
 from bids_jointseg.lesions import TOUCH
@@ -43,6 +43,8 @@ BRIGHTNESS = {
 CUT_INSIDE_MM2 = 6500.0
 """Of what the skull holds, 6 mm from the border of a scan, from which its volume is not told: of a
 ball of 75 mm, the cap that is cut off would be 1 %."""
+COIL_PERCENT = 15.0
+"""Of the coil's unevenness, from which tissue is lost although the scan is evened out."""
 COARSE_MM = 2.5
 """Voxels of the scans whose information is compared."""
 
@@ -151,6 +153,14 @@ RULES = (
                 None,
                 True,
                 _SCANS,
+            ),
+            Rule(
+                f'coil_percent_{name}',
+                f'the coil brightens the {name} very unevenly ({{:.0f}} %): correct it first',
+                COIL_PERCENT,
+                None,
+                True,
+                'from about there a point of tissue is lost although the scan is evened out',
             ),
         )
     ),
@@ -274,10 +284,13 @@ def intracranial_ml(inside: Volume, labels: NDArray[np.uint8], scan: Volume) -> 
     Returns
     -------
     float | None
-        None of a scan without its skull, or which ends within it (:data:`CUT_INSIDE_MM2`).
+        None of a scan without its skull, or which ends within it (:data:`CUT_INSIDE_MM2`), or
+        parts of which are too dark (:data:`COIL_PERCENT`).
     """
     cerebellum = np.argwhere(labels == INDEX['CBM'])
     if len(cerebellum) < LEAST_TISSUE or skull_stripped(scan, labels > 0):
+        return None
+    if _coil_percent(*_around_brain(scan, labels)) > COIL_PERCENT:
         return None
     cubes, grid = inside.grid, scan.grid
     heights = image.transformed(np.linalg.inv(cubes.affine) @ grid.affine, cerebellum)[:, 2]
@@ -476,9 +489,8 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
     """Return contrast, contrast to noise, and the level of what is seen in the air."""
     if not labels.any():
         return {}
-    box = image.box_around(labels > 0, volume.grid.spacing_mm, volume.grid)
-    labels, inner = labels[box], Volume(volume.data[box], volume.grid.part(box))
-    white = ndimage.binary_erosion(labels == INDEX['WM'], TOUCH[1:2])
+    inner, labels = _around_brain(volume, labels)
+    white = _white(labels)
     medians = {
         key: float(np.median(inner.data[mask]))
         for key, mask in (
@@ -490,7 +502,8 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
     }
     if medians.get('WM', 0) <= 0:
         return {}
-    found = {
+    found = {'coil_percent': _coil_percent(inner, labels)}
+    found |= {
         key: medians[other] / medians['WM']
         for key, other in (('gray_to_white', 'CGM'), ('fluid_to_white', 'VEN'))
         if other in medians
@@ -511,6 +524,22 @@ def _signal(name: str, volume: Volume, labels: NDArray[np.uint8]) -> dict[str, f
             first, second = (float(np.median(side)) for side in sides)
             found['ghost_percent'] = 100 * abs(first - second) / medians['WM']
     return found
+
+
+def _around_brain(volume: Volume, labels: NDArray[np.uint8]) -> tuple[Volume, NDArray[np.uint8]]:
+    """Return the part of a scan, and of its labels, that holds the brain."""
+    box = image.box_around(labels > 0, volume.grid.spacing_mm, volume.grid)
+    return Volume(volume.data[box], volume.grid.part(box)), labels[box]
+
+
+def _white(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return the white matter, off its border."""
+    return np.asarray(ndimage.binary_erosion(labels == INDEX['WM'], TOUCH[1:2]))
+
+
+def _coil_percent(scan: Volume, labels: NDArray[np.uint8]) -> float:
+    """Return how unevenly the coil brightens a brain (:func:`.coil.unevenness`)."""
+    return 100 * coil.unevenness(scan, _white(labels), labels > 0)
 
 
 def _plane(grid: Grid) -> list[int]:
@@ -537,13 +566,13 @@ def noise_level(scan: Volume, white: NDArray[np.bool_]) -> float:
 
 def _air(volume: Volume) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return voxels about 3 mm apart, and which of them are more than 10 mm off the head."""
-    step = np.maximum(1, np.round(3 / volume.grid.spacing_mm)).astype(int)
-    values = volume.data[tuple(slice(None, None, s) for s in step)]
+    some, apart_mm = image.sparse(volume.grid, 3.0)
+    values = volume.data[some]
     head = values > image.foreground(volume.data)
     parts, count = ndimage.label(head)
     if count:
         head = ndimage.binary_fill_holes(parts == np.bincount(parts.ravel())[1:].argmax() + 1)
-    far = ndimage.distance_transform_edt(~head, sampling=volume.grid.spacing_mm * step) > 10
+    far = ndimage.distance_transform_edt(~head, sampling=apart_mm) > 10
     return values, far
 
 

@@ -28,6 +28,7 @@ import standins
 from conftest import SHIFT_MM, describe_dataset, draw_head, put
 
 from bids_jointseg import (
+    coil,
     image,
     inference,
     interfaces,
@@ -514,7 +515,7 @@ def test_the_numbers_follow_from_the_formulas(results, model):
         assert low == pytest.approx(max(0, volumes[name] - k * doubt), rel=0.02, abs=1)
 
 
-NAMED = (image, inference, interfaces, lesions, locator)
+NAMED = (coil, image, inference, interfaces, lesions, locator)
 
 
 def test_the_functions_that_are_named_are_there():

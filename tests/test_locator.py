@@ -204,6 +204,37 @@ def test_what_a_detour_alone_connects_with_the_brain_is_background(monkeypatch):
     np.testing.assert_allclose(found.sum(axis=0), 1)
 
 
+@pytest.mark.parametrize(('spread', 'looks'), [(0.05, 1), (0.2, 2)])
+def test_an_uneven_scan_is_evened_out_and_looked_at_again(head, monkeypatch, spread, looks):
+    """By the white matter of the first look; the other scan, which is even, stays as it is."""
+    data, inside, grid = head
+    white = ndimage.binary_erosion(inside, iterations=3)
+    p = np.zeros((len(CLASSES), *grid.shape), np.float32)
+    p[CLASSES.index('WM')], p[0] = white, ~white
+    part = tuple(map(slice, grid.shape))
+    seen = []
+
+    def remember(_, images, **__):
+        seen.append(images)
+        return [p.copy()]
+
+    monkeypatch.setattr(locator, 'find_brain', lambda *_, **__: (part, inside, inside))
+    monkeypatch.setattr(locator, 'predict', remember)
+    field = np.indices(grid.shape)[1] / 10.0
+    field *= spread / field[white].std()
+    even = image.normalise(data)
+    uneven = image.normalise(data * np.exp(field))
+    predict_brain(Brainy(), {'T1w': even, 'FLAIR': uneven}, grid)
+    assert len(seen) == looks
+    np.testing.assert_array_equal(seen[0]['FLAIR'], uneven)
+    np.testing.assert_array_equal(seen[-1]['T1w'], even)
+    if looks > 1:
+        after, before = (
+            np.polyfit(field[white], images['FLAIR'][white], 1)[0] for images in seen[::-1]
+        )
+        assert abs(after) < 0.2 * abs(before)
+
+
 def test_cubes_over_the_head_begin_at_its_top():
     affine = np.array([[0, 0, -2.0, 90], [0, 1.5, 0, -80], [-1.0, 0, 0, 120], [0, 0, 0, 1]])
     grid = Grid((300, 120, 90), affine)  # inferior, anterior, left

@@ -121,6 +121,20 @@ def test_motion_is_seen_in_its_ghosts(truth, name, axis):
     assert f'on two sides of the {name}: motion' in reasons
 
 
+@pytest.mark.parametrize('name', ['T1w', 'FLAIR'])
+@pytest.mark.parametrize(('spread', 'verdict'), [(0.1, 'pass'), (0.4, 'check')])
+def test_a_strong_coil_is_seen(truth, name, spread, verdict):
+    labels, grid = truth
+    dark = points(grid)[..., 2]
+    dark = dark * spread / dark[labels > 0].std()
+    bent = scan(name, truth, 0.01)
+    bent = Volume((bent.data * np.exp(dark)).astype(np.float32), grid)
+    found, reasons, measures = judged({name: bent}, labels)
+    assert found == verdict
+    assert ('very unevenly' in reasons) == (verdict == 'check')
+    assert measures[f'coil_percent_{name}'] == pytest.approx(100 * spread, rel=0.3)
+
+
 def test_a_cut_field_of_view_is_seen(truth):
     labels, grid = truth
     whole, top = scan('T1w', truth), 65
@@ -210,6 +224,12 @@ def test_what_the_skull_holds_down_to_the_cerebellum(frame):
     cut = Volume(scan.data[half], grid.part(half))
     assert quality.intracranial_ml(inside, labels[half], cut) is None
     assert quality.intracranial_ml(inside, np.where(cerebellum, 0, labels), scan) is None
+
+    white = np.where(labels == INDEX['CGM'], INDEX['WM'], labels).astype(np.uint8)
+    for spread, told in ((0.1, True), (0.4, False)):
+        dark = np.exp(spread * points(grid)[..., 2] / points(grid)[labels > 0][:, 2].std())
+        bent = Volume((scan.data * dark).astype(np.float32), grid)
+        assert (quality.intracranial_ml(inside, white, bent) is not None) == told
 
 
 def test_a_verdict_follows_from_the_limits():

@@ -27,6 +27,7 @@ from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg import __version__, bids
 from bids_jointseg.card import read_card
+from bids_jointseg.coil import UNEVEN
 from bids_jointseg.config import SettingsError
 from bids_jointseg.image import ImageError, load_grid
 from bids_jointseg.interfaces import (
@@ -715,17 +716,21 @@ BIDS App [@bids; @bidsapps] built on *Nipype* [@nipype], after @jointseg, with t
 intensities scaled to zero mean and unit variance over the head{landmarks}. The network takes any \
 subset of modalities, the features of which are averaged [@hemis]. It was shown the brain and \
 what is near it, as found by a smaller network that learned from synthetic heads alone, after \
-@synthstrip (`{locator.name}` {locator.version}, SHA-256 `{locator.sha256}`). Volumes are those \
-of the labels; what the skull holds, down to the cerebellum, was told by another such network \
-(`{intracranial.name}` {intracranial.version}, SHA-256 `{intracranial.sha256}`); lesions were \
-counted as 26-connected groups of voxels."""
+@synthstrip (`{locator.name}` {locator.version}, SHA-256 `{locator.sha256}`). Scans that a coil \
+brightened unevenly, by more than {uneven:.0%} (standard deviation over the brain), were divided \
+by the smoothed intensities of the white matter that was found, and segmented again. Volumes are \
+those of the labels; what the skull holds, down to the cerebellum, was told by another such \
+network (`{intracranial.name}` {intracranial.version}, SHA-256 `{intracranial.sha256}`); lesions \
+were counted as 26-connected groups of voxels."""
 
 
 def _introduce(card: ModelCard) -> str:
     """Return what the description says of all scans."""
     landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
     looks = {name: _first_look(name) for name in ('locator', 'intracranial')}
-    return _INTRODUCTION.format(version=__version__, card=card, landmarks=landmarks, **looks)
+    return _INTRODUCTION.format(
+        version=__version__, card=card, landmarks=landmarks, uneven=UNEVEN, **looks
+    )
 
 
 def _describe_spaces(spaces: Sequence[StandardSpace]) -> str:
