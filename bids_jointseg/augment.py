@@ -192,16 +192,17 @@ def undisturbed(drawn: Intensity) -> Intensity:
 
 
 def drawn_again(drawn: Intensity, rng: np.random.Generator) -> Intensity:
-    """Return another acquisition of the same head: its contrast, noise and normalisation differ.
+    """Return another acquisition: contrast, coil, noise and normalisation differ.
 
     What was lost to thick slices stays lost.
     """
     return replace(
         drawn,
         gamma=drawn.gamma * float(np.exp(rng.uniform(-0.2, 0.2))),
-        noise=drawn.noise if drawn.noise else rng.uniform(0, 0.03),
+        noise=drawn.noise or rng.uniform(0, 0.03),
         level=drawn.level + rng.uniform(-0.05, 0.05),
         scale=drawn.scale * rng.uniform(0.95, 1.05),
+        bias=drawn.bias or rng.uniform(0, 0.05),
     )
 
 

@@ -163,8 +163,8 @@ class TrainingSettings:
         Warm-up of what asks two answers to agree, and the iterations between two unlabelled terms.
     steadiness
         Weight, after the warm-up, of the agreement in tissue between two acquisitions of each
-        window, which differ in contrast and noise. Both learn what is annotated. 0 acquires it
-        once.
+        window, which differ in contrast, coil and noise. Both learn what is annotated. 0 acquires
+        it once.
     lesions_every
         Iterations between two batches of the people whose annotation tells lesions, where there
         are others whose tissue is told: every iteration has one of these.

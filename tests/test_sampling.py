@@ -534,6 +534,19 @@ def test_a_window_can_be_acquired_twice(tmp_path):
     assert {name: image.shape for name, image in batch.again.items()} == shapes
 
 
+def test_a_bare_scan_is_acquired_again_in_a_weak_coil_with_a_little_noise():
+    rng = np.random.default_rng(0)
+    bare = augment.undisturbed(augment.draw_intensity(rng))
+    for _ in range(20):
+        again = augment.drawn_again(bare, rng)
+        assert 0 < again.bias < 0.05
+        assert 0 < again.noise < 0.03
+        assert again.thickness == bare.thickness
+    strong = replace(bare, bias=0.15, noise=0.05)
+    again = augment.drawn_again(strong, rng)
+    assert (again.bias, again.noise) == (0.15, 0.05)
+
+
 def test_level_after_an_exponent():
     scan = torch.normal(1.0, 0.2, (100_000,), generator=torch.Generator().manual_seed(0))
     scan = scan.clamp_min(0)
