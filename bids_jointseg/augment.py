@@ -192,7 +192,7 @@ def undisturbed(drawn: Intensity) -> Intensity:
 
 
 def drawn_again(drawn: Intensity, rng: np.random.Generator) -> Intensity:
-    """Return another acquisition: contrast, coil, noise and normalisation differ.
+    """Return another acquisition of a head: contrast, coil, noise and normalisation differ.
 
     What was lost to thick slices stays lost.
     """
