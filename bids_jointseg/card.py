@@ -21,6 +21,8 @@ from bids_jointseg.config import SettingsError, convert
 from bids_jointseg.labels import CLASSES
 
 MODELS = Path(__file__).parent / 'data' / 'models'
+FIRST_LOOKS = ('locator', 'intracranial')
+"""Models in the package that tell a model where to look (:mod:`.locator`) and segment nothing."""
 MODALITIES = ('T1w', 'FLAIR')
 LANDMARKS = 11
 """Landmarks of a modality: one for each of :data:`.image.PERCENTILES`."""
@@ -158,7 +160,8 @@ def read_card(model: str | Path = 'jointseg') -> ModelCard:
     if Path(model).name and ('/' in str(model) or Path(model).suffix):
         path = Path(model).with_suffix('.json')
     elif not os.path.isfile(path):
-        known = ', '.join(sorted(file.stem for file in MODELS.glob('*.json'))) or 'none'
+        stems = {file.stem for file in MODELS.glob('*.json')}
+        known = ', '.join(sorted(stems - set(FIRST_LOOKS))) or 'none'
         raise ModelError(
             f'model {str(model)!r} is not in the package ({known}): give a path to one'
         )

@@ -386,12 +386,24 @@ def _answer(program: str, run: Callable[[], int]) -> int:
         return stop(Exit.INTERNAL, f'internal error, {error!r}; please report {details}')
 
 
+def _read_card(model: str) -> ModelCard:
+    """Return the card of a model that segments."""
+    from bids_jointseg.card import FIRST_LOOKS, ModelError, read_card
+
+    card = read_card(model)
+    if card.name in FIRST_LOOKS:
+        raise ModelError(
+            f'model {model!r} only tells where to look: give one that segments, such as jointseg'
+        )
+    return card
+
+
 def _participant(settings: Settings) -> int:
     from bids_jointseg import bids
-    from bids_jointseg.card import read_card, read_weights
+    from bids_jointseg.card import read_weights
 
     if settings.reports_only:
-        card = read_card(settings.model)
+        card = _read_card(settings.model)
         subjects = finished_subjects(settings)
         if not subjects:
             raise bids.DataError(f'{settings.output_dir}: no results to report: run it first')
@@ -409,7 +421,7 @@ def _participant(settings: Settings) -> int:
     if settings.dry_run:
         sys.stdout.write(pairing_table(scans, skipped, settings.bids_dir))
         return Exit.DONE
-    card = read_card(settings.model)
+    card = _read_card(settings.model)
     read_weights(card)  # before hours of work, not after
     plugin = read_plugin(settings)
     check_device(settings)

@@ -653,6 +653,7 @@ def test_a_damaged_table_is_named_by_the_group(tmp_path, capfd, caplog, kind, ma
     ('a model without a name', ['--model', ''], (2, 'is not in the package')),
     ('a model called /', ['--model', '/'], (2, 'is not in the package')),
     ('a model with a long name', ['--model', 'x' * 999], (2, 'is not in the package')),
+    ('a model that segments nothing', ['--model', 'locator'], (2, 'only tells where to look')),
     ('a model that is not there', ['--model', '/nowhere/x.json'], (2, '/nowhere/x.json: cannot')),
     ('no configuration file', ['--config-file', '/nowhere.toml'], (2, '/nowhere.toml: cannot be')),
     ('a folder as configuration', ['--config-file', '/'], (2, '/: cannot be read')),

@@ -15,7 +15,7 @@ from conftest import SHIFT_MM, describe_dataset, draw_head, put
 
 from bids_jointseg import bids, cli, image
 from bids_jointseg.bids import Scan
-from bids_jointseg.card import read_card
+from bids_jointseg.card import FIRST_LOOKS, read_card
 from bids_jointseg.config import Settings
 from bids_jointseg.labels import CLASSES, INDICES
 
@@ -174,6 +174,8 @@ def test_probabilities_and_tables_agree_with_the_labels(results, stem):
     ends = ['low_mm3', 'high_mm3']
     assert lines[0].split('\t') == ['index', 'name', 'volume_mm3', *ends, 'percent_of_brain']
     summary = json.loads((folder / f'{stem}_seg-jointseg_morph.json').read_text())
+    for look in FIRST_LOOKS:  # they decide results as well
+        assert summary['configuration'][look] == read_card(look).sha256
     for line, index, name in zip(lines[1:], INDICES[1:], CLASSES[1:], strict=True):
         cells = line.split('\t')
         assert cells[:2] == [str(index), name]

@@ -26,7 +26,7 @@ from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node, Workflow
 
 from bids_jointseg import __version__, bids
-from bids_jointseg.card import read_card
+from bids_jointseg.card import FIRST_LOOKS, read_card
 from bids_jointseg.coil import UNEVEN
 from bids_jointseg.config import SettingsError
 from bids_jointseg.image import ImageError, load_grid
@@ -538,8 +538,7 @@ def add_segmentation(
         Segment(
             model=str(card.path),
             sha256=card.sha256,
-            locator=_first_look('locator').sha256,
-            intracranial=_first_look('intracranial').sha256,
+            **{name: _first_look(name).sha256 for name in FIRST_LOOKS},
             bias=dict(card.bias),
             temperature=card.temperature,
             fast=fast,
@@ -646,6 +645,7 @@ def result_configuration(card: ModelCard, *, level: str, fast: bool, random_seed
         'version': __version__,
         'model': card.name,
         'weights': card.sha256,
+        **{name: _first_look(name).sha256 for name in FIRST_LOOKS},
         'bias': dict(card.bias),
         'temperature': card.temperature,
         'repeatability': dict(card.repeatability),
@@ -727,7 +727,7 @@ were counted as 26-connected groups of voxels."""
 def _introduce(card: ModelCard) -> str:
     """Return what the description says of all scans."""
     landmarks = ', after matching their histograms to a standard [@nyul]' if card.landmarks else ''
-    looks = {name: _first_look(name) for name in ('locator', 'intracranial')}
+    looks = {name: _first_look(name) for name in FIRST_LOOKS}
     return _INTRODUCTION.format(
         version=__version__, card=card, landmarks=landmarks, uneven=UNEVEN, **looks
     )
