@@ -96,6 +96,11 @@ def without(root: str) -> Change:
     return datasets(lambda source: None if source.root == root else source)
 
 
+def wider(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a network with twice the channels; it begins with the same answers."""
+    return {**architecture, 'channels': tuple(2 * n for n in architecture['channels'])}
+
+
 def self_taught(recipe: Recipe) -> Recipe:
     """Add the unlabelled visits with the labels that the first row gives them."""
     labels: dict[str, Any] = {'annotation': '.', 'protocol': 'jointseg'}
@@ -107,6 +112,7 @@ ROWS: dict[str, Change] = {
     RELEASED: training(),
     'base': training(),
     'without R^t_1': without('openms'),
+    'without steadiness': training(steadiness=0.0),
     'Tanimoto for Soergel': training(overlap='tanimoto'),
     'real scans only': without('heads'),
     'painted heads only': without('neuromorphometrics'),
@@ -116,6 +122,7 @@ ROWS: dict[str, Change] = {
     'no modality dropout': samples(modalities=((BOTH, 1.0),)),
     'slices of 6 mm': lambda recipe: replace(recipe, slice_mm=(3.0, 3.0)),
     'no averaging': training(average=0.0),
+    'twice the channels': lambda recipe: replace(recipe, architecture=wider(recipe.architecture)),
     'self-training': self_taught,
     'base, seed 2': training(seed=2020),
     'base, seed 3': training(seed=2021),
