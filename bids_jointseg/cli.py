@@ -490,7 +490,7 @@ def write_comparisons(settings: Settings, subjects: Sequence[str]) -> Exit:
     from multiprocessing import get_context
 
     from bids_jointseg.longitudinal import compare_sessions
-    from bids_jointseg.workflows.execution import end_with_parent
+    from bids_jointseg.processes import end_with_parent
 
     out_dir, bids_dir = settings.output_dir, settings.bids_dir
     several = sum(len(list(out_dir.glob(f'sub-{label}/ses-*'))) > 1 for label in subjects)

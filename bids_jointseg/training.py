@@ -45,6 +45,7 @@ from bids_jointseg.inference import choose_device, fast_type, probabilities
 from bids_jointseg.labels import CLASSES, LABELS, TISSUES, tells_tissue
 from bids_jointseg.losses import OVERLAPS, Total, alone, consistency_risk, supervised_risk
 from bids_jointseg.network import begin_with, build, load_model, save_model
+from bids_jointseg.processes import end_with_parent
 from bids_jointseg.recipe import Recipe, RecipeError, TrainingSettings, read_recipe
 from bids_jointseg.sampling import Cohort, Sample, Windows, collate, subsets
 
@@ -463,13 +464,14 @@ def _stream(
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         multiprocessing_context='forkserver' if workers else None,
     )
     return iter(loader)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     os.nice(2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

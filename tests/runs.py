@@ -76,15 +76,20 @@ class Run:
 
     def others(self) -> list[int]:
         """Return the other processes of its session: workers, and what started them."""
-        found = []
-        for folder in Path('/proc').glob('[0-9]*'):
-            try:
-                fields = (folder / 'stat').read_text().rpartition(')')[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == self.pid and fields[0] != 'Z' and int(folder.name) != self.pid:
-                found.append(int(folder.name))
-        return sorted(found)
+        return [pid for pid in session(self.pid) if pid != self.pid]
+
+
+def session(leader: int) -> list[int]:
+    """Return the living processes of the session of one that began it, itself included."""
+    found = []
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            fields = (folder / 'stat').read_text().rpartition(')')[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != 'Z':
+            found.append(int(folder.name))
+    return sorted(found)
 
 
 class Server:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import session
 from torch.utils.data import Dataset
 
 from bids_jointseg import inference, training
@@ -185,7 +186,8 @@ def launch(function: str, *arguments: object) -> subprocess.Popen:
     given = ', '.join(repr(str(argument)) for argument in arguments)
     path = str(Path(__file__).parent)
     code = f'import sys; sys.path.insert(0, {path!r}); import test_training as t; t.{function}'
-    return subprocess.Popen([sys.executable, '-c', f'{code}({given})'])
+    command = [sys.executable, '-c', f'{code}({given})']
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def wait_for(folder: Path, looks: int, process: subprocess.Popen) -> None:
@@ -213,6 +215,10 @@ def test_kill_9_at_any_moment_leaves_no_trace(tmp_path):
     assert process.wait() == -signal.SIGKILL
     before = checkpoint(tmp_path / 'killed')['step']
     assert 0 < before < 60
+    end = time.monotonic() + 60  # what starts the worker may still be importing libraries
+    while session(process.pid):
+        assert time.monotonic() < end, 'a worker outlives the training'
+        time.sleep(0.05)
     found = train(tmp_path / 'killed', settings)
     assert found.finished
     assert same_weights(found.network, expected.network), f'killed after step {before}'

@@ -29,6 +29,7 @@ import numpy as np
 from nipype.pipeline.plugins import MultiProcPlugin
 
 from bids_jointseg.config import SettingsError
+from bids_jointseg.processes import end_with_parent
 from bids_jointseg.workflows.slurm import Slurm, SlurmGraph
 
 if TYPE_CHECKING:
@@ -226,21 +227,6 @@ def start_worker(cwd: str, log_file: str, verbose: int, monitor: bool) -> None:
         end_with_parent()
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
     configure_nipype(Path(log_file), verbose, monitor)
-
-
-def end_with_parent() -> None:
-    """See to it that this process ends once its parent is gone, even where that was killed.
-
-    Otherwise it would wait for work for ever, or write into the folders of the next run.
-    """
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def configure_nipype(log_file: Path, verbose: int, monitor: bool) -> None:
